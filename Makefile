@@ -1,0 +1,38 @@
+# `make sweep` and `make test` do all their own set-up: a virtual environment in .venv, the packages, then the run.
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+.PHONY: sweep test lint bench clean
+
+sweep: $(VENV)/.run  ## find an SAE for the embedded model; no downloads but packages
+	$(BIN)/python jobs/sweep_sae.py --config configs/quickstart.yaml $(ARGS)
+
+test: $(VENV)/.dev  ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## every benchmark, each with a table
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/sweep_overhead.py
+
+clean:  ## the environment and caches; results stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.run

@@ -1,0 +1,38 @@
+"""raysae finds the right sparse autoencoder for a language model on a Ray cluster, and shows the evidence.
+
+>>> import raysae
+>>> run = raysae.sweep(raysae.SweepJob())     # everything that jobs/sweep_sae.py does
+>>> run.table, run.decision, run.sae()        # or raysae.Run.open("results/<run>")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["SAE", "Run", "Store", "SweepJob", "UserError", "load_config", "sweep"]
+
+_WHERE = {
+    "SAE": "raysae.sae.sae",
+    "Run": "raysae.run",
+    "Store": "raysae.activations.store",
+    "SweepJob": "raysae.config",
+    "UserError": "raysae.errors",
+    "load_config": "raysae.config",
+    "sweep": "raysae.flow",
+}
+
+if TYPE_CHECKING:
+    from raysae.activations.store import Store
+    from raysae.config import SweepJob, load_config
+    from raysae.errors import UserError
+    from raysae.flow import sweep
+    from raysae.run import Run
+    from raysae.sae.sae import SAE
+
+
+def __getattr__(name: str) -> Any:  # loaded on first use: `import raysae.sae` needs neither Ray nor transformers
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'raysae' has no attribute {name!r}")

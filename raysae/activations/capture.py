@@ -1,0 +1,182 @@
+"""Capture: token blocks in, store shards out. Plain functions; `on_ray.py` maps them over hosts.
+
+A block becomes one shard. Its sequences are a random draw of the split's (the token stage shuffles them), and its rows
+are permuted as they are written, so training reads shards front to back. Each file is written under a temporary name and
+renamed, and the shard's own JSON comes last: a block that is done again replaces itself, a killed capture resumes at the
+first block without that JSON, and no row is lost or doubled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raysae.activations.store import SCHEMA_VERSION
+from raysae.artifacts import read_json, sha256_of, write_atomic, write_json
+from raysae.data.tokens import TokenBlock, micro_batches
+from raysae.errors import CaptureError, UserError
+from raysae.models.host import ModelHost
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What a shard depends on, besides the model and its tokens."""
+
+    sites: tuple[str, ...]
+    dtype: str
+    tokens_per_forward: int
+    seed: int
+
+
+def capture_block(host: ModelHost, block: TokenBlock, root: Path, settings: CaptureSettings) -> dict[str, Any]:
+    """Write the shard of `block` below `root` and return its facts (also in `shards/<name>.json`).
+
+    Rows are the block's kept tokens (loss_mask), less those with NaN or inf at any site, which are counted. Sums are of
+    the stored values, in float64.
+    """
+    rows = sum(int(mask.sum()) for mask in block.loss_mask)
+    order = np.random.default_rng([settings.seed, int(block.name.rsplit("-", 1)[-1], 16)]).permutation(rows)
+    target = torch.from_numpy(order)
+    dtype = getattr(torch, settings.dtype)
+    x_of = {site: torch.empty(rows, host.width(site), dtype=dtype) for site in settings.sites}
+    finite = torch.ones(rows, dtype=torch.bool)
+    starts = np.cumsum([0, *(int(mask.sum()) for mask in block.loss_mask)])
+    for batch in micro_batches(block, settings.tokens_per_forward):
+        reads = host.read(batch.input_ids, batch.attention_mask, settings.sites)
+        into = target[torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in batch.index]))]
+        for site, read in reads.items():
+            x = read[batch.mask.to(read.device)].to("cpu", dtype)  # [rows of this batch, width]
+            finite[into] &= x.isfinite().all(1)
+            x_of[site][into] = x
+    columns = _row_columns(block, order)
+    kept = finite.numpy()
+    facts: dict[str, Any] = {"name": block.name, "split": block.split, "rows": int(kept.sum())}
+    facts["non_finite"] = rows - facts["rows"]
+    facts["sites"], sha256 = {}, {}
+    for site, x in x_of.items():
+        x = x if facts["non_finite"] == 0 else x[finite]
+        facts["sites"][site] = _moments(x)
+        sha256[_write(root, f"{site}/{block.name}.safetensors", lambda p, x=x: save_file({"x": x}, p))] = ""
+    table = columns if facts["non_finite"] == 0 else columns.filter(pa.array(kept))
+    sha256[_write(root, f"rows/{block.name}.parquet", lambda p: pq.write_table(table, p))] = ""
+    facts["sha256"] = {relative: sha256_of(root / relative) for relative in sha256}
+    write_json(_facts_file(root, block.name), facts)
+    return facts
+
+
+def _moments(x: Tensor) -> dict[str, Any]:
+    x64 = x.double()
+    return {"sum": x64.sum(0).tolist(), "sum_squares": x64.square().sum().item(), "d_model": x.shape[1]}
+
+
+def _row_columns(block: TokenBlock, order: np.ndarray) -> pa.Table:
+    """The kept tokens' columns, row i of the block at order[i]."""
+
+    def kept(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        flat = np.concatenate([a[m] for a, m in zip(arrays, block.loss_mask, strict=True)])
+        placed = np.empty_like(flat)
+        placed[order] = flat
+        return placed
+
+    lengths = [len(ids) for ids in block.input_ids]
+    sequence = np.split(np.repeat(block.sequence_id, lengths), np.cumsum(lengths)[:-1])
+    example = pa.array(kept(block.example).astype(np.int32))
+    return pa.table(
+        {
+            "example_id": pa.DictionaryArray.from_arrays(example, pa.array(block.example_ids)),
+            "group": pa.DictionaryArray.from_arrays(example, pa.array(block.groups)),
+            "sequence_id": kept(sequence).astype(np.int32),
+            "position": kept(block.positions).astype(np.int32),
+            "token_id": kept(block.input_ids).astype(np.int32),
+            "step": kept(block.step).astype(np.int16),
+            "split": pa.array([block.split] * len(order)).dictionary_encode(),
+        }
+    )
+
+
+def _write(root: Path, relative: str, write: Any) -> str:
+    path = root / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, write)
+    return relative
+
+
+def _facts_file(root: Path, name: str) -> Path:
+    path = root / "shards" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def done(root: Path, name: str) -> bool:
+    """Whether the block of this name has been captured below `root`."""
+    return _facts_file(root, name).exists()
+
+
+def attempt(root: Path, name: str, limit: int) -> None:
+    """Note that work on `name` begins; raise CaptureError once its process has died on it more than `limit` times.
+
+    Ray restarts a dead actor and hands it the same block without end; a block that kills its host (out of memory, a
+    crash in a kernel) must fail with its name instead. One byte per attempt, appended before the work starts.
+    """
+    path = root / "attempts" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size > limit:
+        raise CaptureError(f"capture: {name} killed its host {path.stat().st_size} times in a row; look at this block")
+    with path.open("ab") as file:
+        file.write(b".")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finish(
+    root: Path,
+    blocks: Sequence[dict[str, Any]],
+    settings: CaptureSettings,
+    model: dict[str, Any],
+    max_non_finite_fraction: float,
+) -> dict[str, Any]:
+    """The store's manifest from its shards' facts; checks that every kept token became a row, once.
+
+    mean and mean_square_norm are of the training rows: validation and test have no part in the input scale.
+    """
+    shards = [read_json(_facts_file(root, block["name"])) for block in blocks]
+    non_finite = sum(s["non_finite"] for s in shards)
+    tokens = sum(block["rows"] for block in blocks)
+    if non_finite > max_non_finite_fraction * tokens:
+        raise UserError(
+            f"capture.max_non_finite_fraction: {non_finite} of {tokens} rows hold NaN or inf "
+            f"({non_finite / tokens:.2%}, allowed {max_non_finite_fraction:.2%}); with float16 try bfloat16"
+        )
+    rows = sum(s["rows"] for s in shards)
+    if rows + non_finite != tokens:
+        raise CaptureError(f"capture: {tokens} tokens were to be captured, the shards hold {rows} rows")
+    sites = {}
+    for site in settings.sites:
+        train = [s["sites"][site] for s in shards if s["split"] == "train"]
+        count = sum(s["rows"] for s in shards if s["split"] == "train")
+        sites[site] = {
+            "d_model": train[0]["d_model"],
+            "mean": (np.sum([t["sum"] for t in train], axis=0) / count).tolist(),
+            "mean_square_norm": sum(t["sum_squares"] for t in train) / count,
+            "non_finite": non_finite,
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": model,
+        "sites": sites,
+        "dtype": settings.dtype,
+        "rows": {
+            split: sum(s["rows"] for s in shards if s["split"] == split) for split in ("train", "validation", "test")
+        },
+        "shards": [{key: s[key] for key in ("name", "split", "rows", "sha256")} for s in shards],
+    }

@@ -1,0 +1,98 @@
+"""Capture over Ray Data: token blocks stream into a pool of model hosts, which write shards and return their facts.
+
+No tensor travels through Ray: a block's tokens go in, a name and a row count come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
+
+from raysae.activations import capture
+from raysae.cluster import Placement, device
+from raysae.data.tokens import TokenBlock, read_block
+from raysae.errors import CaptureError, UserError
+from raysae.models.host import ModelHost
+from raysae.progress import Progress
+
+BlockWork = Callable[[ModelHost, TokenBlock], Mapping[str, Any]]
+
+
+class HostActor:
+    """A model host in a process of its own, which does `work(host, block)` on one block after another."""
+
+    def __init__(
+        self, model: dict[str, Any], work: BlockWork, root: str, limit: int, workers: int, threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.work, self.root, self.limit = work, Path(root), limit
+        capture.attempt(self.root, "start of a host", limit + workers - 1)
+        self.host = ModelHost.load(**model, device=device())
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        block = read_block(batch["bytes"][0], name=batch["name"][0])
+        capture.attempt(self.root, block.name, self.limit)
+        facts = self.work(self.host, block)
+        (self.root / "attempts" / block.name).unlink(missing_ok=True)
+        return {"name": np.array([block.name]), "rows": np.array([facts["rows"]])}
+
+
+def map_blocks(
+    what: str,
+    blocks: Sequence[dict[str, Any]],
+    tokens: Path,
+    root: Path,
+    model: dict[str, Any],
+    work: BlockWork,
+    placement: Placement,
+    max_restarts: int,
+) -> None:
+    """Do `work` on each of `blocks` (entries of the token manifest, files below `tokens`) in a pool of hosts.
+
+    Returns when all are done and the pool's devices are free again. Raises UserError or CaptureError as the work did.
+    """
+    if not blocks:
+        return
+    for stale in (root / "attempts").glob("*"):
+        stale.unlink()
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0
+    names = {str((tokens / block["file"]).resolve()): block["name"] for block in blocks}
+    pool = (
+        ray.data.read_binary_files(sorted(names), include_paths=True, override_num_blocks=len(names))
+        .map(lambda row: {"bytes": row["bytes"], "name": names[str(Path(row["path"]).resolve())]}, num_cpus=0.1)
+        .map_batches(
+            HostActor,
+            fn_constructor_args=(model, work, str(root), max_restarts, placement.workers, placement.threads),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=placement.workers),
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
+        )
+    )
+    rows = {block["name"]: block["rows"] for block in blocks}
+    with Progress(what, sum(rows.values()), "tok") as progress:
+        for name in _names(pool):
+            progress.advance(rows[name])
+
+
+def _names(pool: Any) -> Iterator[str]:
+    try:
+        for batch in pool.iter_batches(batch_size=None, prefetch_batches=0):
+            yield from (str(name) for name in batch["name"])
+    except RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, (UserError, CaptureError)):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise type(cause)(str(getattr(cause, "cause", cause)).strip().splitlines()[-1]) from None

@@ -1,0 +1,197 @@
+"""The activation store: a directory of token rows for one or more sites, read by memory map.
+
+    manifest.json                       written last; see `SCHEMA_VERSION`
+    rows/<shard>.parquet                the columns of each token row
+    <site>/<shard>.safetensors          one tensor `x` [rows, d_model], row-aligned with rows/<shard>.parquet
+
+A shard holds one split's rows, already shuffled across its examples, and is named `<split>-<index>-<content hash>`. The
+trainer reads shards front to back and sees an iterator of batches. Nothing outside this module touches shard paths.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from raysae.artifacts import MANIFEST, read_json, sha256_of
+from raysae.errors import UserError
+
+SCHEMA_VERSION = 1
+ROW_COLUMNS = ("example_id", "group", "sequence_id", "position", "token_id", "step", "split")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as the manifest lists it: its name, split, rows, and the sha256 of each of its files."""
+
+    name: str
+    split: str
+    rows: int
+    sha256: dict[str, str]
+
+
+class Store:
+    """A finished store, opened for reading."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / MANIFEST).exists():
+            raise UserError(f"store: {path} has no {MANIFEST}: it is not a store, or its capture has not finished")
+        self.path = path
+        self.manifest: dict[str, Any] = read_json(path / MANIFEST)
+        version = self.manifest.get("schema_version", 0)
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"store: {path} has schema version {version}, this raysae reads up to {SCHEMA_VERSION}; upgrade raysae"
+            )
+        self.shards = [Shard(s["name"], s["split"], s["rows"], s["sha256"]) for s in self.manifest["shards"]]
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.manifest["sites"])
+
+    def d_model(self, site: str) -> int:
+        return self.site(site)["d_model"]
+
+    def site(self, site: str) -> dict[str, Any]:
+        """The manifest's facts of a site: d_model, mean, mean_square_norm (training rows), non_finite."""
+        if site not in self.manifest["sites"]:
+            raise UserError(f"store: {self.path} has no site {site}; it has {', '.join(self.sites)}")
+        return self.manifest["sites"][site]
+
+    def mean(self, site: str) -> Tensor:
+        """Per-dimension mean of the training rows [d_model], float64."""
+        return torch.tensor(self.site(site)["mean"], dtype=torch.float64)
+
+    def rows(self, split: str) -> int:
+        return sum(s.rows for s in self.shards if s.split == split)
+
+    def names(self, split: str) -> list[str]:
+        """Names of the split's shards, in order."""
+        return [s.name for s in self.shards if s.split == split]
+
+    def check_model(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse a store that another model made."""
+        made_with = self.manifest["model"]
+        if any(made_with.get(key) != fingerprint.get(key) for key in ("class", "revision", "weights")):
+            raise UserError(
+                f"store: {self.path} was made with {_model(made_with)}, model.name gives {_model(fingerprint)}; "
+                "capture again, or name the model that made it"
+            )
+
+    def verify(self) -> None:
+        """Compare every file with its sha256; one clear line for the first that differs."""
+        for shard in self.shards:
+            for relative, expected in shard.sha256.items():
+                file = self.path / relative
+                if not file.exists() or sha256_of(file) != expected:
+                    state = "is missing" if not file.exists() else "does not match its sha256"
+                    raise UserError(f"store: {file} {state}; delete {self.path} and capture again")
+
+    def shard(self, site: str, name: str) -> Tensor:
+        """A shard's activations [rows, d_model], memory-mapped: pages are shared with every other reader."""
+        return _map_tensor(self.path / site / f"{name}.safetensors")
+
+    def row_columns(self, name: str, columns: Sequence[str] = ROW_COLUMNS) -> pa.Table:
+        """A shard's row columns, row-aligned with its activations."""
+        return pq.read_table(self.path / "rows" / f"{name}.parquet", columns=list(columns))
+
+    def batches(self, site: str, split: str, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
+        """Batches [batch_size, d_model] without end, in the store's dtype: shards in an order drawn anew each epoch.
+
+        `start` skips that many batches without reading them, so a resumed run sees what it would have seen. Batches run
+        on across shards and epochs; no row is left out.
+        """
+        shards = [s for s in self.shards if s.split == split]
+        total = sum(s.rows for s in shards)
+        if total == 0:
+            raise UserError(f"store: {self.path} has no {split} rows")
+        epoch, skip = divmod(start * batch_size, total)
+        pending: list[Tensor] = []
+        have = 0
+        while True:
+            order = np.random.default_rng([seed, epoch]).permutation(len(shards))
+            for i in order:
+                shard = shards[i]
+                if skip >= shard.rows:
+                    skip -= shard.rows
+                    continue
+                x = self.shard(site, shard.name)[skip:]
+                skip = 0
+                while have + x.shape[0] >= batch_size:
+                    need = batch_size - have
+                    yield torch.cat([*pending, x[:need]]) if pending else x[:need]
+                    pending, have, x = [], 0, x[need:]
+                if x.shape[0]:
+                    pending.append(x)
+                    have += x.shape[0]
+            epoch += 1
+
+    def head(self, site: str, split: str, rows: int) -> Tensor:
+        """The first `rows` rows of a split (all, if it has fewer): shuffled rows, so a fair sample."""
+        parts, left = [], rows
+        for name in self.names(split):
+            if left > 0:
+                parts.append(self.shard(site, name)[:left])
+                left -= parts[-1].shape[0]
+        return torch.cat(parts)
+
+    def sequences(self, site: str, split: str) -> Iterator[tuple[str, np.ndarray, Tensor]]:
+        """(example_id, positions [n], x [n, d_model]) per example, positions ascending: for losses that need neighbours.
+
+        An example that was cut over several shards comes once, whole.
+        """
+        names = self.names(split)
+        tables = [self.row_columns(name, ("example_id", "position")) for name in names]
+        ids = pa.concat_tables(tables)["example_id"].combine_chunks().dictionary_encode()
+        if isinstance(ids, pa.ChunkedArray):
+            ids = ids.combine_chunks()
+        codes = ids.indices.to_numpy()
+        positions = np.concatenate([t["position"].to_numpy() for t in tables])
+        shard_of = np.repeat(np.arange(len(names)), [t.num_rows for t in tables])
+        row_of = np.concatenate([np.arange(t.num_rows) for t in tables])
+        order = np.lexsort((positions, codes))
+        bounds = np.flatnonzero(np.diff(codes[order])) + 1
+        maps = [self.shard(site, name) for name in names]
+        for rows in np.split(order, bounds):
+            parts = []
+            for s in np.unique(shard_of[rows]):
+                inside = shard_of[rows] == s
+                parts.append((np.flatnonzero(inside), maps[s][torch.from_numpy(row_of[rows][inside])]))
+            x = torch.cat([p for _, p in parts])
+            x = x[torch.from_numpy(np.argsort(np.concatenate([i for i, _ in parts])))] if len(parts) > 1 else x
+            yield ids.dictionary[int(codes[rows[0]])].as_py(), positions[rows], x
+
+
+def _model(fingerprint: dict[str, Any]) -> str:
+    return f"{fingerprint.get('name')} ({fingerprint.get('revision') or fingerprint.get('weights')})"
+
+
+@lru_cache(maxsize=1024)
+def _map_tensor(path: Path) -> Tensor:
+    """The tensor `x` of a safetensors file as a private memory map: reads share the page cache, writes stay here.
+
+    The header is a little-endian u64 length and JSON with dtype, shape and byte offsets (safetensors' format).
+    """
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))["x"]
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped.madvise(mmap.MADV_SEQUENTIAL)
+    dtype = _DTYPES[header["dtype"]]
+    shape = header["shape"]
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, offset=8 + length, count=int(np.prod(shape))).view(shape)

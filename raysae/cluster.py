@@ -1,0 +1,145 @@
+"""Where work runs: the one place that decides between CPU and CUDA, sizes pools, and starts or joins Ray.
+
+GPUs are what Ray says they are, so `--num-gpus=8` on a machine without CUDA schedules like an 8-GPU node and computes on
+its CPU. Stages take turns: each pool is gone before the next stage asks for devices, so none waits for another that
+waits for it (spec of Ray: a GPU pipeline inside a GPU trial never ends).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysae.config import ClusterConfig
+from raysae.errors import UserError
+
+
+def _address() -> str | None:
+    """The cluster that `ray job submit` or the user put in the environment."""
+    return os.environ.get("RAY_ADDRESS") or ("auto" if os.environ.get("RAY_JOB_ID") else None)
+
+
+# Ray reads these when it is first imported, so they are set here, before any on_ray module imports it.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's classic reporter can be told which columns to show
+if _address() is None:  # a cluster that is joined has its own
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else each actor pool prints Ray's issue 53727
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many workers of a stage run at once, and what each of them holds and uses."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
+    """torch threads of a worker."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster in use: Ray's CPUs and GPUs (of those, as many as the config allows) and the dashboard's URL."""
+
+    cpus: float
+    gpus: int
+    config: ClusterConfig
+    dashboard: str | None = None
+    started_here: bool = False
+
+    def capture(self, blocks: int) -> Placement:
+        """Hosts of the model: one per GPU, or by default a single one that uses every CPU's thread."""
+        wanted = self.config.capture_actors
+        if self.gpus:
+            workers = min(wanted or self.gpus, self.gpus, max(blocks, 1))
+            share = (self.cpus - 1) / self.gpus  # one CPU stays free for the tasks that read
+            return Placement(workers, min(1.0, max(share, 0.0)), 1.0, max(1, int(self.cpus // self.gpus)))
+        workers = max(1, min(wanted or 1, int(self.cpus), max(blocks, 1)))
+        # The reading tasks need a share of a CPU as well: a pool that holds all of them never starts to read.
+        return Placement(workers, max((self.cpus - 1) / workers, 0.5), 0.0, max(1, int(self.cpus // workers)))
+
+    def trials(self) -> Placement:
+        """Trials of the sweep: packed by GPU share where there are GPUs, by CPU share otherwise."""
+        if self.gpus:
+            gpus = self.config.gpus_per_trial
+            at_once = max(1, int(self.gpus / gpus))
+            cpus = min(self.config.cpus_per_trial, self.cpus / at_once)
+            return Placement(at_once, cpus, gpus, max(1, int(cpus)))
+        cpus = self.config.cpus_per_trial
+        return Placement(max(1, int(self.cpus / cpus)), cpus, 0.0, max(1, int(cpus)))
+
+
+def device() -> torch.device:
+    """The device of this worker. Ray sets CUDA_VISIBLE_DEVICES, so device 0 is its own."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def connect(config: ClusterConfig) -> Cluster:
+    """Join the cluster that the config, the job or RAY_ADDRESS names, else start a local one on 127.0.0.1."""
+    import ray
+
+    started = False
+    if not ray.is_initialized():
+        address = config.address or _address()
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if address is not None:
+            try:
+                ray.init(address=address, **options)
+            except ConnectionError as error:
+                raise UserError(f"cluster.address: no Ray cluster answers at {address}: {_first_line(error)}") from None
+        else:
+            ray.init(
+                address="local",
+                num_cpus=config.num_cpus,
+                num_gpus=config.num_gpus,
+                include_dashboard=config.dashboard,
+                _node_ip_address="127.0.0.1",
+                **options,
+            )
+            started = True
+    total = ray.cluster_resources()
+    gpus = int(total.get("GPU", 0))
+    if config.num_gpus is not None and config.num_gpus > gpus:
+        raise UserError(f"cluster.num_gpus: {config.num_gpus} asked, the cluster has {gpus}")
+    if gpus and config.gpus_per_trial > gpus:
+        raise UserError(f"cluster.gpus_per_trial: {config.gpus_per_trial:g} asked, the cluster has {gpus}")
+    if config.cpus_per_trial > total.get("CPU", 0):
+        raise UserError(f"cluster.cpus_per_trial: {config.cpus_per_trial:g} asked, the cluster has {total['CPU']:g}")
+    url = ray.get_runtime_context().worker.node.webui_url if hasattr(ray.get_runtime_context(), "worker") else None
+    return Cluster(
+        cpus=float(total.get("CPU", 1)),
+        gpus=gpus if config.num_gpus is None else config.num_gpus,
+        config=config,
+        dashboard=f"http://{url}" if url else None,
+        started_here=started,
+    )
+
+
+def disconnect(cluster: Cluster) -> None:
+    """Stop the cluster if `connect` started it."""
+    if cluster.started_here:
+        import ray
+
+        ray.shutdown()
+
+
+def output_root(path: Path, given: bool) -> Path:
+    """The absolute output root; refuses a relative one inside a job's temporary folder, where results would be lost."""
+    if not given and os.environ.get("RAYSAE_OUTPUT"):
+        path = Path(os.environ["RAYSAE_OUTPUT"])
+    if not path.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+        raise UserError(
+            f"output: {path} is relative, inside the job's temporary folder; give an absolute one "
+            "(--output or RAYSAE_OUTPUT)"
+        )
+    return path.absolute()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,361 @@
+"""One frozen, validated object per job, from a YAML file plus dotted overrides on the command line.
+
+pydantic checks the values and pydantic-settings reads the command line; the docstring under each field is its line in
+`--help`. A wrong or unknown field raises `UserError` with one line that names the field, the value and what is allowed.
+Nothing below the flow depends on these classes: the core takes plain arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from raysae.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Job = TypeVar("Job", bound="Section")
+
+Widths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a job's config: frozen, no unknown fields."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+
+class Columns(Section):
+    """Which columns of a dataset hold what; unset ones are absent."""
+
+    question: str = "question"
+    """Column of the question, or of the whole text for corpora."""
+    answer: str | None = None
+    """Column of the answer; GSM8K's format (annotated steps, then `#### n`) is recognised."""
+    steps: str | None = None
+    """Column with a list of reasoning steps, where the answer does not hold them."""
+    group: str | None = None
+    """Column of the unit that a split may not cut."""
+    example_id: str | None = None
+    """Column of a stable id; the row number otherwise."""
+
+
+class DataConfig(Section):
+    source: Literal["arithmetic", "gsm8k", "text", "dataset"] = "arithmetic"
+    """arithmetic: the embedded generator; gsm8k: JSONL at `path`, or openai/gsm8k from the hub; text: plain text files;
+    dataset: any local or hub dataset with a column map."""
+    path: str | None = None
+    """File, folder, or hub name of the dataset (not for arithmetic)."""
+    subset: str | None = None
+    """Hub dataset configuration, such as `main`."""
+    hub_split: str = "train"
+    """Which split of a hub dataset, or which `<split>.jsonl` of a GSM8K folder, to read."""
+    columns: Columns = Columns()
+    """Column map of `source: dataset`."""
+    text_separator: str = r"\n\n+"
+    """Regular expression that splits a text file into examples."""
+    text_replace: tuple[str, str] | None = None
+    """Literal replacement `[old, new]` made in each example of a text file."""
+    examples: PositiveInt | None = None
+    """How many examples to generate (arithmetic) or to keep at most (others; a seeded sample)."""
+    context_length: PositiveInt | None = None
+    """Longest sequence in tokens; unset: the model's, up to 512. Under packing `problems` longer examples are left out
+    and counted, under `concat` they are cut."""
+    packing: Literal["problems", "concat"] = "problems"
+    """problems: one example per sequence, so that none attends to another; concat: texts joined with separators."""
+    validation_fraction: Fraction = 0.1
+    """Share of groups that choose the SAE."""
+    test_fraction: Fraction = 0.1
+    """Share of groups that measure the chosen SAE, once."""
+    near_duplicate_similarity: Fraction | None = 0.8
+    """Jaccard similarity of word 3-grams from which two examples share a group; null turns the search off."""
+
+    @model_validator(mode="after")
+    def _splits_leave_training_data(self) -> DataConfig:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must stay below 1")
+        if not (self.validation_fraction > 0 and self.test_fraction > 0):
+            raise ValueError("validation_fraction and test_fraction must both be above 0")
+        return self
+
+
+class ModelConfig(Section):
+    name: str = "embedded"
+    """Hugging Face name or local path of a causal LM, or `embedded`: a small GPT-2 trained on first use."""
+    revision: str | None = None
+    """Hub revision; pin it for a result that others can repeat."""
+    tokenizer: str | None = None
+    """Tokenizer name or path, if not the model's own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the hosted model."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you have read it."""
+
+
+class CaptureConfig(Section):
+    sites: tuple[str, ...] | None = None
+    """Sites to capture, such as `blocks.6.resid_post`; the registry's default layer (else the middle one) if unset."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the stored activations."""
+    rows_per_shard: PositiveInt = 65_536
+    """Token rows per shard: the unit of resume, and the window within which rows are shuffled."""
+    tokens_per_forward: PositiveInt = 16_384
+    """Padded tokens in one forward pass."""
+    max_non_finite_fraction: Fraction = 0.0
+    """Share of rows with NaN or inf that is tolerated; tolerated rows are dropped and counted."""
+
+
+class PruneConfig(Section):
+    enabled: bool = True
+    """Stop SAEs that are dominated, diverged or collapsed after warm-up; they stay in the table as pruned."""
+    grace_fraction: Fraction = 0.5
+    """Share of the training tokens before which nothing is judged (never less than the sparsity warm-up)."""
+    margin: Fraction = 0.1
+    """How much better, relatively, another SAE no wider must be in both L0 and FVU to dominate."""
+
+
+class SweepConfig(Section):
+    architectures: Annotated[tuple[Literal["relu", "topk"], ...], Field(min_length=1)] = ("relu", "topk")
+    """SAE architectures to search."""
+    expansion_factors: Widths = (4, 8)
+    """d_sae / d_in; `[2,4,...,32]` for the 16 widths of the phased programme. Each is sampled equally often."""
+    search: Literal["optuna", "grid"] = "optuna"
+    """optuna chooses the coefficients; grid trains every combination."""
+    l1_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 0.5)
+    """Log-uniform range of the ReLU SAEs' L1 coefficient: loss = sum_d (x-x_hat)^2 + l1 sum_j f_j |W_dec_j|, inputs scaled
+    to mean |x|^2 = 1 (optuna)."""
+    l1_coefficients: Widths = (0.02, 0.06, 0.2)
+    """L1 coefficients of the grid."""
+    k_range: tuple[PositiveInt, PositiveInt] = (4, 32)
+    """Log-uniform range of TopK's k (optuna)."""
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16, 32)
+    """TopK's k of the grid."""
+    samples: PositiveInt = 4
+    """SAEs per architecture, expansion factor and seed that Optuna proposes."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Seeds of initialisation; each point is trained once per seed."""
+    pack_size: PositiveInt | Literal["auto"] = "auto"
+    """SAEs trained in lock-step by one trial; auto: one on a CPU, eight on a GPU."""
+    prune: PruneConfig = PruneConfig()
+    """When to stop an SAE early."""
+
+    @model_validator(mode="after")
+    def _ranges_are_ordered(self) -> SweepConfig:
+        for name in ("l1_range", "k_range"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must be [low, high], got [{low}, {high}]")
+        return self
+
+
+class TrainingConfig(Section):
+    tokens: PositiveInt = 1_000_000
+    """Token rows each SAE trains on, repeats counted; the same for every SAE."""
+    batch_size: PositiveInt = 2048
+    """Token rows per step."""
+    learning_rate: PositiveFloat | None = None
+    """Adam's learning rate for every width; unset: base_learning_rate * sqrt(16384 / d_sae)."""
+    base_learning_rate: PositiveFloat = 2e-4
+    """Learning rate at d_sae = 16384, from which each width's is scaled by 1/sqrt(d_sae)."""
+    warmup_fraction: Fraction = 0.05
+    """Share of the steps over which the learning rate rises linearly."""
+    decay_fraction: Fraction = 0.2
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    l1_warmup_fraction: Fraction = 0.1
+    """Share of the steps over which the L1 coefficient rises linearly."""
+    dead_after_tokens: PositiveInt = 1_000_000
+    """A latent that has not fired for so many training tokens is dead (in shorter runs: for half of the tokens)."""
+    rungs: PositiveInt = 5
+    """How often a trial reports, saves a checkpoint and may be pruned."""
+
+
+class EvaluationConfig(Section):
+    max_tokens: PositiveInt = 50_000
+    """Most tokens of a split that are scored with the model (CE, KL). Row metrics use the whole split."""
+    bootstrap: PositiveInt = 1000
+    """Bootstrap resamples, by group, behind each interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Coverage of the intervals."""
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address to join; unset: the job's or RAY_ADDRESS, else a local cluster on 127.0.0.1."""
+    num_cpus: PositiveInt | None = None
+    """CPUs of a local cluster; all of the machine's if unset."""
+    num_gpus: Annotated[int, Field(ge=0)] | None = None
+    """GPUs to use; all of the cluster's if unset."""
+    dashboard: bool = True
+    """Start the Ray dashboard with a local cluster."""
+    capture_actors: PositiveInt | None = None
+    """Hosts of the model during capture and evaluation; unset: one per GPU, or one that uses all CPUs."""
+    gpus_per_trial: PositiveFloat = 1.0
+    """GPU share of a trial where there are GPUs."""
+    cpus_per_trial: PositiveFloat = 1.0
+    """CPU share, and torch threads, of a trial."""
+    max_restarts: Annotated[int, Field(ge=0)] = 2
+    """How often a block or a trial is tried again after its process died."""
+
+
+class TrackingConfig(Section):
+    wandb_project: str | None = None
+    """Log each trial to this Weights & Biases project (offline without a key)."""
+
+
+class SweepJob(Section):
+    """raysae: find the right sparse autoencoder for a language model on a Ray cluster, and show the evidence."""
+
+    run: str | None = None
+    """Name of the run's folder; unset: the config's hash."""
+    output: Path = Path("results")
+    """Root of runs and shared stages; RAYSAE_OUTPUT overrides the default. Absolute under a Ray job."""
+    seed: int = 0
+    """Seed of sampling, splits and shuffles."""
+    data: DataConfig = DataConfig()
+    """Where the text comes from."""
+    model: ModelConfig = ModelConfig()
+    """The language model."""
+    capture: CaptureConfig = CaptureConfig()
+    """How activations are stored."""
+    sweep: SweepConfig = SweepConfig()
+    """Which SAEs are trained."""
+    training: TrainingConfig = TrainingConfig()
+    """How each SAE is trained."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How each SAE is measured."""
+    gate: Path = Path("configs/gates/default.yaml")
+    """Criteria that the chosen SAE must meet."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Where work runs. Changes no result, so no stage depends on it."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment trackers beside TensorBoard."""
+    require_go: bool = False
+    """Exit with status 3 when no SAE passes the gate, so that a pipeline stops."""
+
+    def identity(self) -> dict[str, Any]:
+        """What the run's results depend on: all fields but where it runs, what it is called and who is told."""
+        return self.model_dump(mode="json", exclude={"run", "output", "cluster", "tracking", "require_go"})
+
+
+def load_config(job: type[Job], argv: list[str] | None = None, config: str | Path | None = None) -> Job:
+    """The job's config from `--config FILE` (or `config`) and dotted overrides; the command line wins over the file.
+
+    Raises UserError with one line for a wrong field, value or file; `--help` prints a line per field and exits 0.
+    """
+    argv = [] if argv is None else argv
+    parser = _Parser(
+        prog=Path(sys.argv[0]).name, description=job.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path, default=config, help="YAML file with any of the fields below")
+    settings = type(job.__name__, (BaseSettings, job), {"model_config": SettingsConfigDict(**job.model_config)})
+    source = CliSettingsSource[_Parser](
+        settings,
+        root_parser=parser,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="null",
+        cli_prog_name=parser.prog,
+    )
+    parser.fields = frozenset(name for action in parser._actions for name in action.option_strings)
+    arguments = parser.parse_args(argv)
+    values = _read_yaml(arguments.config) if arguments.config else {}
+    config_path = vars(arguments).pop("config")
+    overrides = source(parsed_args=vars(arguments))()
+    return validate(job, _merge(values, overrides), where=str(config_path) if config_path else None)
+
+
+def validate(job: type[Job], values: dict[str, Any], where: str | None = None) -> Job:
+    """`values` as a `job`, or a UserError of one line naming the first wrong field."""
+    try:
+        return job.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(job, error.errors()[0]) + (f" (in {where})" if where else "")) from None
+
+
+def dump_yaml(config: Section) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40, width=120)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the closest field where one is unknown."""
+
+    fields: frozenset[str] = frozenset()
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            name, *value = message.removeprefix("unrecognized arguments: ").split()
+            name, _, attached = name.partition("=")
+            message = (
+                f"unknown field {name.lstrip('-')}{_given(' '.join(value) or attached)}; {_closest(name, self.fields)}"
+            )
+        raise UserError(message)
+
+
+def _given(value: str) -> str:
+    return f" (given {value})" if value else ""
+
+
+def _closest(name: str, fields: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(fields), n=1, cutoff=0.4)
+    return f"did you mean {close[0].lstrip('-')}? --help lists all fields" if close else "--help lists all fields"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"config: {path} is not a file")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config: {path} must hold a mapping of fields, got {type(values).__name__}")
+    return values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _one_line(job: type[BaseModel], error: Any) -> str:
+    loc = [str(part) for part in error["loc"]]
+    if error["type"] == "extra_forbidden":
+        section = _section(job, loc[:-1])
+        return f"{'.'.join(loc)}: unknown field; {_closest(loc[-1], set(section.model_fields))}; allowed: " + ", ".join(
+            section.model_fields
+        )
+    field = ".".join(part for part in loc if "[" not in part and part not in ("constrained-int", "constrained-float"))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"{field}: {error['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
+
+
+def _section(job: type[BaseModel], loc: list[str]) -> type[BaseModel]:
+    for name in loc:
+        annotation = job.model_fields[name].annotation
+        found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not found:
+            return job
+        job = found[0]
+    return job

@@ -1,0 +1,233 @@
+"""How faithful an SAE is: to the activations it reconstructs, and to the model that reads the reconstruction.
+
+Row metrics (FVU, L0, ...) use every stored row of a split. Cross-entropy and KL use the first sequences of each block, up
+to a token budget: clean, with the SAE spliced in, and with the site zero- and mean-ablated, the same tokens spliced and
+scored, special tokens and padding out of both. Everything is kept as sums per group and divided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raysae.activations.store import Store
+from raysae.artifacts import write_atomic, write_json
+from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
+from raysae.evaluate.statistics import bootstrap_interval
+from raysae.models import host as edits
+from raysae.models.host import Edit, ModelHost
+from raysae.sae.formats import load, load_tensors
+from raysae.sae.metrics import RowSums
+from raysae.sae.sae import SAE
+
+ROWS_AT_ONCE = 8192
+LOGITS_AT_ONCE = 1 << 26  # elements of [tokens, vocab] held at once: 256 MiB in float32
+ROW_SUMS = ("rows", "squared_error", "squared_shifted", "active", "l2_ratio", "cosine")
+SCORE_SUMS = ("scored", "nll_clean", "nll_spliced", "nll_zero", "nll_mean", "kl_spliced", "kl_zero", "kl_mean")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure: SAEs by id and directory, all at one site of one store; and how much to score with the model."""
+
+    store: Path
+    site: str
+    saes: tuple[tuple[str, Path], ...]
+    root: Path
+    tokens_per_forward: int
+    scored_fraction: float
+    """Share of each block's sequences that is scored with the model."""
+
+    def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
+        return measure_block(host, block, self)
+
+
+def measure_block(host: ModelHost, block: TokenBlock, task: Measurement) -> dict[str, Any]:
+    """Write the sums of one block below `task.root`: `<block>.parquet` by (sae_id, group), and `<block>.safetensors`.
+
+    Facts last, in `<block>.json`: a block that has them is done.
+    """
+    store = Store(task.store)
+    saes = [(sae_id, load(path).to(host.device)) for sae_id, path in task.saes]
+    scores = _score(host, block, store, saes, task)
+    frames, vectors = [], {}
+    for sae_id, sae in saes:
+        sums, by_group = row_sums(sae, store, task.site, block.name)
+        frame = by_group.join(scores[sae_id], how="outer").fillna(0.0)
+        frames.append(frame.rename_axis("group").reset_index().assign(sae_id=sae_id))
+        vectors[f"{sae_id}.shifted"] = sums.shifted
+        if sums.firings is not None:
+            vectors[f"{sae_id}.firings"] = sums.firings
+    task.root.mkdir(parents=True, exist_ok=True)
+    table = pd.concat(frames, ignore_index=True)
+    write_atomic(task.root / f"{block.name}.parquet", lambda path: table.to_parquet(path, index=False))
+    write_atomic(task.root / f"{block.name}.safetensors", lambda path: save_file(vectors, path))
+    facts = {"name": block.name, "rows": sum(int(m.sum()) for m in block.loss_mask)}
+    write_json(task.root / f"{block.name}.json", facts)
+    return facts
+
+
+def done(root: Path, name: str) -> bool:
+    """Whether the block of this name has been measured below `root`."""
+    return (root / f"{name}.json").exists()
+
+
+def row_sums(sae: SAE, store: Store, site: str, name: str) -> tuple[RowSums, pd.DataFrame]:
+    """Sums of an SAE over one shard's rows: in all, and by group (index group, columns ROW_SUMS)."""
+    x = store.shard(site, name)
+    groups = store.row_columns(name, ("group",))["group"].to_pandas()
+    codes, names = pd.factorize(groups, sort=True)
+    device = next(iter(sae.parameters.values())).device
+    sums = RowSums(store.mean(site))
+    totals = {column: np.zeros(len(names)) for column in ROW_SUMS}
+    totals["rows"] += np.bincount(codes, minlength=len(names))
+    for start in range(0, x.shape[0], ROWS_AT_ONCE):
+        rows = x[start : start + ROWS_AT_ONCE].to(device, torch.float32)
+        f = sae.encode(rows)
+        terms = sums.add(rows, sae.decode(f), f)
+        part = codes[start : start + ROWS_AT_ONCE]
+        for column, values in terms.items():
+            totals[column] += np.bincount(part, weights=values.cpu().numpy(), minlength=len(names))
+    return sums, pd.DataFrame(totals, index=pd.Index(names))
+
+
+def _score(
+    host: ModelHost, block: TokenBlock, store: Store, saes: Sequence[tuple[str, SAE]], task: Measurement
+) -> dict[str, pd.DataFrame]:
+    """Per SAE, sums by group over scored tokens (index group, columns SCORE_SUMS)."""
+    count = int(np.ceil(task.scored_fraction * len(block.input_ids)))
+    part = _head(block, count)
+    names = sorted(set(block.groups))
+    number = {name: i for i, name in enumerate(names)}
+    group_of = np.array([number[name] for name in block.groups])
+    totals = {sae_id: {column: np.zeros(len(names)) for column in SCORE_SUMS} for sae_id, _ in saes}
+    mean = store.mean(task.site).to(torch.float32)
+    for batch in micro_batches(part, min(task.tokens_per_forward, max(1, LOGITS_AT_ONCE // host.facts.vocab_size))):
+        pairs = batch.mask[:, :-1] & batch.mask[:, 1:]  # both the predicting and the predicted token are kept
+        if not bool(pairs.any()):
+            continue
+        codes = group_of[_pair_examples(part, batch, pairs)]
+        clean = _log_probabilities(host, batch, pairs, {})
+
+        def add(
+            ids: Sequence[str], name: str, log_p: Tensor, batch: MicroBatch = batch, pairs: Tensor = pairs,
+            codes: np.ndarray = codes, clean: Tensor = clean,
+        ) -> None:  # fmt: skip
+            target = batch.input_ids[:, 1:][pairs].to(log_p.device)
+            values = {f"nll_{name}": -log_p.gather(1, target[:, None]).squeeze(1)}
+            if name != "clean":
+                values[f"kl_{name}"] = (clean.exp() * (clean - log_p)).sum(1)
+            for column, value in values.items():
+                summed = np.bincount(codes, weights=value.double().cpu().numpy(), minlength=len(names))
+                for sae_id in ids:
+                    totals[sae_id][column] += summed
+
+        everyone = [sae_id for sae_id, _ in saes]
+        add(everyone, "clean", clean)
+        for sae_id in everyone:
+            totals[sae_id]["scored"] += np.bincount(codes, minlength=len(names))
+        for name, edit in (("zero", edits.zero(batch.mask)), ("mean", edits.mean(mean, batch.mask))):
+            add(everyone, name, _log_probabilities(host, batch, pairs, {task.site: edit}))
+        for sae_id, sae in saes:
+            spliced = edits.splice(sae, batch.mask)
+            add([sae_id], "spliced", _log_probabilities(host, batch, pairs, {task.site: spliced}))
+    return {sae_id: pd.DataFrame(columns, index=pd.Index(names)) for sae_id, columns in totals.items()}
+
+
+def _head(block: TokenBlock, count: int) -> TokenBlock:
+    """The block's first `count` sequences (they lie in random order)."""
+    lists = {name: getattr(block, name)[:count] for name in ("input_ids", "positions", "step", "loss_mask", "example")}
+    return TokenBlock(
+        name=block.name,
+        split=block.split,
+        sequence_id=block.sequence_id[:count],
+        example_ids=block.example_ids,
+        groups=block.groups,
+        **lists,
+    )
+
+
+def _pair_examples(block: TokenBlock, batch: MicroBatch, pairs: Tensor) -> np.ndarray:
+    """Example index of each scored pair, in the order of a masked read."""
+    chosen = pairs.numpy()
+    return np.concatenate(
+        [block.example[s][:-1][chosen[i, : len(block.example[s]) - 1]] for i, s in enumerate(batch.index)]
+    )
+
+
+def _log_probabilities(host: ModelHost, batch: MicroBatch, pairs: Tensor, edit: dict[str, Edit]) -> Tensor:
+    """Log-probabilities [pairs, vocab] of the next token, in float32."""
+    logits = host.logits(batch.input_ids, batch.attention_mask, edit)
+    return logits[:, :-1][pairs.to(logits.device)].float().log_softmax(-1)
+
+
+def collect(
+    root: Path, names: Sequence[str], shift: Tensor, resamples: int, confidence: float, seed: int
+) -> dict[str, dict[str, float]]:
+    """Metrics by sae_id from the blocks' sums, with `<metric>_low`/`_high` for those that rank or gate.
+
+    `shift` is the vector about which `squared_shifted` was taken (the store's mean).
+    """
+    table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
+    vectors: dict[str, Tensor] = {}
+    for name in names:
+        for key, value in load_tensors(root / f"{name}.safetensors").items():
+            vectors[key] = vectors[key] + value if key in vectors else value
+    found = {}
+    for sae_id, rows in table.groupby("sae_id", sort=False):
+        by_group = rows.groupby("group", sort=True)[[*ROW_SUMS, *SCORE_SUMS]].sum()
+        total = by_group.sum()
+        sums = RowSums(shift)
+        sums.rows, sums.active = int(total["rows"]), int(total["active"])
+        for column in ("squared_error", "squared_shifted", "l2_ratio", "cosine"):
+            setattr(sums, column, float(total[column]))
+        sums.shifted, sums.firings = vectors[f"{sae_id}.shifted"], vectors[f"{sae_id}.firings"]
+        metrics = {**sums.metrics(), **_score_metrics(total), "n_rows": int(total["rows"]), "n_groups": len(by_group)}
+        # The mean of the rows is taken as known in each resample; it moves FVU by far less than the groups do.
+        exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
+        for name, (columns, statistic) in _ranked(exact).items():
+            low, high = bootstrap_interval(by_group[list(columns)].to_numpy(), statistic, resamples, confidence, seed)
+            metrics |= {f"{name}_low": low, f"{name}_high": high}
+        found[str(sae_id)] = metrics
+    return found
+
+
+def _score_metrics(total: pd.Series) -> dict[str, float]:
+    """CE in nats per token; recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and mean ablation."""
+    n = total["scored"] or float("nan")
+    clean, spliced, zero, mean = (total[f"nll_{name}"] / n for name in ("clean", "spliced", "zero", "mean"))
+    return {
+        "ce_clean": clean,
+        "ce_spliced": spliced,
+        "ce_zero": zero,
+        "ce_mean": mean,
+        "ce_delta": spliced - clean,
+        "ce_loss_recovered": (zero - spliced) / (zero - clean) if zero != clean else float("nan"),
+        "ce_recovered_mean": (mean - spliced) / (mean - clean) if mean != clean else float("nan"),
+        "kl": total["kl_spliced"] / n,
+        "kl_zero": total["kl_zero"] / n,
+        "kl_mean": total["kl_mean"] / n,
+        "n_scored_tokens": int(total["scored"]),
+    }
+
+
+def _ranked(exact: float) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Columns and statistic of each metric that has an interval."""
+    return {
+        "fvu": (("squared_error", "squared_shifted"), lambda t: t[:, 0] / (t[:, 1] * exact)),
+        "l0": (("active", "rows"), lambda t: t[:, 0] / t[:, 1]),
+        "ce_delta": (("nll_spliced", "nll_clean", "scored"), lambda t: (t[:, 0] - t[:, 1]) / t[:, 2]),
+        "ce_loss_recovered": (
+            ("nll_zero", "nll_spliced", "nll_clean"),
+            lambda t: (t[:, 0] - t[:, 1]) / (t[:, 0] - t[:, 2]),
+        ),
+        "kl": (("kl_spliced", "scored"), lambda t: t[:, 0] / t[:, 1]),
+    }

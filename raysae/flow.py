@@ -1,0 +1,528 @@
+"""The one flow: records → tokens → activations → SAEs → measurements → decision → report.
+
+`sweep(config)` runs every stage that has not been done and returns the `Run`. Each stage is a plain function from its
+inputs to a directory (`artifacts.stage`); Ray is started only if a stage has work for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from raysae import __version__
+from raysae.artifacts import Stage, fingerprint, link_or_copy, sha256_of, stage, write_atomic, write_json
+from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
+from raysae.config import SweepJob, dump_yaml
+from raysae.data.records import read_records, write_records
+from raysae.data.sources import load_problems
+from raysae.data.splits import assign_splits
+from raysae.data.tokens import tokenize
+from raysae.errors import UserError
+from raysae.gates.criteria import Gate, load_gate
+from raysae.gates.select import choose, decide, pareto_front
+from raysae.models.embedded import N_POSITIONS, train_embedded
+from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
+from raysae.models.registry import default_site
+from raysae.models.sites import order_sites
+from raysae.progress import Progress, say
+from raysae.report.page import write_report
+from raysae.run import Run
+from raysae.sae import formats
+from raysae.sae.architectures import SAEConfig, initial_parameters
+from raysae.sae.sae import SAE, fold
+from raysae.sae.train import InputScale
+from raysae.sweep.collect import CURVES, curves, training_table
+from raysae.sweep.space import COEFFICIENT, proposals, recipe
+
+STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 1, "evaluation": 1}
+"""Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
+
+CONTEXT_AT_MOST = 512
+"""Context length where neither the config nor the model asks for less."""
+MAX_DROPPED = 0.5
+"""Share of examples that may be too long for the context before that is the user's mistake."""
+
+
+def sweep(config: SweepJob) -> Run:
+    """Run the main job of `config` and return its `Run`; what has been done before is not done again.
+
+    Raises UserError for a mistake in the config or the input, before anything is written where that can be known.
+    """
+    flow = Flow(config)
+    try:
+        return flow.run()
+    finally:
+        flow.close()
+
+
+class Flow:
+    """The stages of one job. Each is a method that returns its finished `Stage`."""
+
+    def __init__(self, config: SweepJob) -> None:
+        self.config = config
+        self.root = output_root(config.output, given="output" in config.model_fields_set)
+        self.gate: Gate = load_gate(config.gate)
+        self.finished: list[Stage] = []
+        self._cluster: Cluster | None = None
+        self._check_run()
+
+    def run(self) -> Run:
+        """All stages, then the run's directory."""
+        if self.config.model.name != "embedded":
+            self._check_sites(self._facts(self.config.model.name))
+        else:
+            self._context_length(N_POSITIONS)
+        self._source_hash()
+        say(f"run {self.directory}")
+        model = self.model()
+        records = self.records()
+        tokens = self.tokens(records, model)
+        store = self.store(tokens, model)
+        sae_stage = self.saes(store, tokens)
+        validation = self.evaluation("validation", sae_stage, store, tokens, model)
+        return self._finish(sae_stage, validation, store, tokens, model)
+
+    def close(self) -> None:
+        if self._cluster is not None:
+            disconnect(self._cluster)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Stages
+
+    def model(self) -> str:
+        """Name or path of the model; the embedded one is trained on first use."""
+        if self.config.model.name != "embedded":
+            return self.config.model.name
+
+        def build(path: Path) -> Mapping[str, Any]:
+            say("model: training the embedded GPT-2 (once; later runs take it from the stage)")
+            with Progress("model", 0, "step") as progress:
+
+                def advance(step: int, steps: int, loss: float) -> None:
+                    progress.total = steps
+                    progress.advance(1, f"loss {loss:.3f}")
+
+                made = train_embedded(path, self.config.seed, advance)
+            say(f"model: final-answer accuracy {made['accuracy']:.3f} on {made['n_evaluated']} held-out problems")
+            return {
+                "facts": made,
+                "cost": {"tokens": made["tokens"], **_held(torch.get_num_threads(), 0)(made["seconds"])},
+            }
+
+        return str(self._stage("model", {"embedded": True, "seed": self.config.seed}, build).path)
+
+    def records(self) -> Stage:
+        """Examples with their splits: `records.parquet`."""
+        data = self.config.data
+
+        def build(path: Path) -> Mapping[str, Any]:
+            loaded = load_problems(
+                data.source, data.path, data.subset, data.hub_split, data.columns.model_dump(), data.text_separator,
+                data.text_replace, data.examples, self.config.seed,
+            )  # fmt: skip
+            problems = assign_splits(
+                loaded, data.validation_fraction, data.test_fraction, data.near_duplicate_similarity, self.config.seed
+            )
+            write_records(path / "records.parquet", problems)
+            counts = {split: sum(p.split == split for p in problems) for split in ("train", "validation", "test")}
+            groups = len({p.group for p in problems})
+            say(f"records: {len(problems):,} examples in {groups:,} groups: {counts}")
+            return {"examples": counts, "groups": groups}
+
+        inputs = data.model_dump(mode="json", exclude={"context_length", "packing"})
+        return self._stage("records", {**inputs, "seed": self.config.seed, "source_hash": self._source_hash()}, build)
+
+    def tokens(self, records: Stage, model: str) -> Stage:
+        """Blocks of token sequences: `<split>-<index>.parquet`, and `spans.parquet`."""
+        data = self.config.data
+        tokenizer = self._tokenizer(model)
+        context_length = self._context_length(self._facts(model).context_length)
+
+        def build(path: Path) -> Mapping[str, Any]:
+            made = tokenize(
+                read_records(records.path / "records.parquet"), tokenizer, context_length, data.packing,
+                self.config.capture.rows_per_shard, self.config.seed, path,
+            )  # fmt: skip
+            dropped, kept = made["dropped_too_long"], sum(made["examples"].values())
+            if dropped > MAX_DROPPED * (dropped + kept):
+                raise UserError(
+                    f"data.context_length: {context_length} leaves out {dropped} of {dropped + kept} examples; raise it "
+                    f"(the longest has {made['longest']} tokens), or join texts with data.packing concat"
+                )
+            say(f"tokens: {made['rows']}" + (f"; {dropped} longer than {context_length} left out" if dropped else ""))
+            return {**made, "cost": {"tokens": sum(made["rows"].values())}}
+
+        inputs = {
+            "records": records.path.name,
+            "tokenizer": fingerprint(tokenizer.backend_tokenizer.to_str()),
+            "special": tokenizer.special_tokens_map,
+            "context_length": context_length,
+            "packing": data.packing,
+            "rows_per_block": self.config.capture.rows_per_shard,
+            "seed": self.config.seed,
+        }
+        return self._stage("tokens", inputs, build)
+
+    def store(self, tokens: Stage, model: str) -> Stage:
+        """The activation store."""
+        from raysae.activations import capture
+        from raysae.activations.store import Store
+
+        c = self.config.capture
+        made_with = fingerprint_of(model, self.config.model.revision, self.config.model.trust_remote_code)
+        sites = self._check_sites(self._facts(model))
+        settings = capture.CaptureSettings(sites, c.dtype, c.tokens_per_forward, self.config.seed)
+        blocks = tokens.manifest["blocks"]
+
+        def build(path: Path) -> Mapping[str, Any]:
+            todo = [block for block in blocks if not capture.done(path, block["name"])]
+            if len(todo) < len(blocks):
+                say(f"capture: {len(blocks) - len(todo)} of {len(blocks)} shards are there already")
+            placement = self.cluster.capture(len(todo))
+            seconds = self._map_blocks(
+                "capture", todo, tokens.path, path, model, _CaptureWork(path, settings), placement
+            )
+            manifest = capture.finish(path, blocks, settings, made_with, c.max_non_finite_fraction)
+            rows = sum(manifest["rows"].values())
+            held = _held(placement.workers * placement.cpus, placement.workers * placement.gpus)
+            return {**manifest, "cost": {"tokens": rows, **held(seconds)}}
+
+        inputs = {
+            "tokens": tokens.path.name,
+            "model": {key: value for key, value in made_with.items() if key != "name"},
+            "model_dtype": self.config.model.dtype,
+            "sites": sites,
+            "dtype": c.dtype,
+            "max_non_finite_fraction": c.max_non_finite_fraction,
+            "seed": self.config.seed,
+        }
+        made = self._stage("store", inputs, build)
+        store = Store(made.path)
+        store.check_model(made_with)
+        if made.reused:
+            store.verify()
+        return made
+
+    def saes(self, store: Stage, tokens: Stage) -> Stage:
+        """The sweep: `saes/`, `history/`, `table.parquet`, `curves.parquet`, and Tune's own `tune/`."""
+        from raysae.activations.store import Store
+
+        s, t = self.config.sweep, self.config.training
+        opened = Store(store.path)
+        widths = {site: opened.d_model(site) for site in opened.sites}
+        grid = {"relu": s.l1_coefficients, "topk": s.k} if s.search == "grid" else None
+        plan = proposals(widths, s.architectures, s.expansion_factors, grid, s.samples)
+        shared = recipe(
+            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.l1_warmup_fraction, t.dead_after_tokens
+        )
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.sweep.on_ray import PackSearch, run_sweep
+            from raysae.sweep.trial import Trial
+
+            placement = self.cluster.trials()
+            pack_size = s.pack_size if s.pack_size != "auto" else (8 if placement.gpus else 1)
+            search = PackSearch(
+                plan, widths, {"relu": s.l1_range, "topk": s.k_range}, s.seeds,
+                (t.learning_rate, t.base_learning_rate), pack_size, self.config.seed,
+            )  # fmt: skip
+            trial = Trial(
+                store.path,
+                shared,
+                t.rungs,
+                self.config.seed,
+                path,
+                self._saelens_metadata(store, tokens.manifest["context_length"]),
+            )
+            prune = s.prune.margin if s.prune.enabled else None
+            grace = max(s.prune.grace_fraction, t.l1_warmup_fraction, t.warmup_fraction)
+            say(
+                f"sweep: {len(plan) * len(s.seeds)} SAEs of {shared.steps * t.batch_size:,} tokens each, "
+                f"{placement.workers} at once; watch: tensorboard --logdir {path / 'tune'}"
+            )
+            errors = run_sweep(
+                search, trial, placement, self.config.cluster.max_restarts, prune,
+                grace * shared.steps * t.batch_size, self.config.tracking.wandb_project,
+            )  # fmt: skip
+            table = training_table(path, errors, opened.rows("train"), shared.dead_after_tokens)
+            if not (table["status"] != "error").any():
+                raise RuntimeError(f"every trial failed; the first: {table['status_reason'].iloc[0]}")
+            table.to_parquet(path / "table.parquet", index=False)
+            curves(path).reindex(columns=CURVES).to_parquet(path / "curves.parquet", index=False)
+            trained = float(table["train_seconds"].sum())
+            held = _held(placement.cpus, placement.gpus)(trained)
+            return {"saes": len(table), "cost": {"tokens": int(table["tokens"].sum()), **held}}
+
+        inputs = {
+            "store": store.path.name,
+            "sweep": s.model_dump(mode="json", exclude={"pack_size"}),
+            "training": t.model_dump(mode="json"),
+            "seed": self.config.seed,
+        }
+        return self._stage("sweep", inputs, build)
+
+    def evaluation(
+        self, split: str, saes: Stage, store: Stage, tokens: Stage, model: str, only: str | None = None
+    ) -> Stage:
+        """Measurements on a split of every SAE and an untrained control per architecture, or of one SAE: `metrics.json`."""
+        e = self.config.evaluation
+        blocks = [block for block in tokens.manifest["blocks"] if block["split"] == split]
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.activations.store import Store
+            from raysae.evaluate import fidelity
+
+            opened = Store(store.path)
+            wanted = self._to_measure(path, saes, opened, only)
+            placement = self.cluster.capture(len(blocks))
+            fraction = min(1.0, e.max_tokens / max(sum(block["rows"] for block in blocks), 1))
+            metrics: dict[str, Any] = {}
+            seconds = 0.0
+            for site, members in wanted.items():
+                root = path / site
+                task = fidelity.Measurement(
+                    store.path, site, tuple(members), root, self.config.capture.tokens_per_forward, fraction
+                )
+                todo = [block for block in blocks if not fidelity.done(root, block["name"])]
+                what = f"measure {len(members)} SAEs on {split}"
+                seconds += self._map_blocks(what, todo, tokens.path, root, model, task, placement)
+                names = [block["name"] for block in blocks]
+                metrics |= fidelity.collect(root, names, opened.mean(site), e.bootstrap, e.confidence, self.config.seed)
+            write_json(path / "metrics.json", metrics)
+            held = _held(placement.workers * placement.cpus, placement.workers * placement.gpus)
+            return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **held(seconds)}}
+
+        inputs = {
+            "sweep": saes.path.name,
+            "split": split,
+            "only": only,
+            "evaluation": e.model_dump(mode="json"),
+            "seed": self.config.seed,
+        }
+        return self._stage("evaluation", inputs, build)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The run's directory
+
+    def _finish(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Run:
+        """Choose, measure the choice once on test, and write the run's directory; decision.json makes it a run."""
+        metrics = validation.manifest["metrics"]
+        table = pd.read_parquet(saes.path / "table.parquet")
+        measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
+        table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
+        table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
+        choice = choose(table, self.gate)
+        table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
+        table["passes_gate"] = table["sae_id"].map(
+            lambda i: (
+                all(v.verdict == "pass" for v in choice.verdicts.get(i, []) if v.mandatory) and i in choice.verdicts
+            )
+        )
+        controls = {
+            i: {**m, "d_sae": _control_width(i), "dead_fraction": m["never_fired_fraction"]}
+            for i, m in metrics.items()
+            if i.startswith("control-")
+        }
+        test = None
+        if choice.chosen is not None:
+            tested = self.evaluation("test", saes, store, tokens, model, only=choice.chosen)
+            row = table.set_index("sae_id").loc[choice.chosen]
+            test = {**row[["d_sae", "expansion_factor", "dead_fraction"]], **tested.manifest["metrics"][choice.chosen]}
+        decision = decide(self.gate, str(self.config.gate), choice, controls, test)
+
+        directory = self.directory
+        directory.mkdir(parents=True, exist_ok=True)
+        if Run(directory).report.exists() and all(s.reused for s in self.finished):
+            return Run(directory)
+        self._write("config.yaml", dump_yaml(self.config))
+        write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
+        write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
+        link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
+        for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
+            link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
+            write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
+        (directory / "tune").unlink(missing_ok=True)
+        (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
+        write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
+        write_json(directory / "ledger.json", self._ledger())
+        write_json(directory / "decision.json", decision)
+        write_report(directory)
+        return Run(directory)
+
+    def _ledger(self) -> dict[str, Any]:
+        """What each stage cost, when it was made: wall seconds, CPU- and GPU-seconds held, tokens, bytes on disk."""
+        keys = ("seconds", "cpu_seconds", "gpu_seconds", "tokens", "bytes")
+        stages = [
+            {"stage": s.manifest["stage"], "directory": s.path.name, "reused": s.reused}
+            | {key: s.manifest["cost"].get(key, 0) for key in keys}
+            for s in self.finished
+        ]
+        return {"stages": stages, "total": {key: sum(s[key] for s in stages) for key in keys}}
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomic(self.directory / name, lambda path: path.write_text(text))
+
+    @cached_property
+    def directory(self) -> Path:
+        """`<output>/<run>`."""
+        c = self.config
+        name = c.run or f"{Path(c.model.name).name}-{c.data.source}-{fingerprint(self._identity(), 8)}"
+        return self.root / name
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.config.identity(), "gate": self.gate.model_dump(mode="json")}
+
+    def _check_run(self) -> None:
+        """Refuse a run directory that belongs to another config."""
+        file = self.directory / "config.yaml"
+        if file.exists():
+            try:
+                theirs = SweepJob.model_validate(yaml.safe_load(file.read_text())).identity()
+            except ValueError:
+                theirs = {}
+            if theirs != self.config.identity():
+                raise UserError(
+                    f"run: {self.directory} belongs to another config; give another --run, or leave it unset"
+                )
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            raise UserError(f"run: {self.directory} is not empty and no run of raysae; give another --run")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Parts of stages
+
+    def _stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Stage:
+        made = stage(self.root, name, {"version": STAGE_VERSIONS[name], **inputs}, build, say)
+        self.finished.append(made)
+        return made
+
+    @property
+    def cluster(self) -> Cluster:
+        """The Ray cluster, joined or started when a stage first needs it."""
+        if self._cluster is None:
+            self._cluster = connect(self.config.cluster)
+            c = self._cluster
+            say(f"Ray: {c.cpus:g} CPUs, {c.gpus} GPUs; dashboard {c.dashboard or 'off'}")
+        return self._cluster
+
+    def _map_blocks(
+        self, what: str, blocks: list, tokens: Path, root: Path, model: str, work: Any, placement: Placement
+    ) -> float:
+        from time import perf_counter
+
+        from raysae.activations.on_ray import map_blocks
+
+        m = self.config.model
+        loading = {
+            "name": model, "revision": m.revision, "dtype": m.dtype, "trust_remote_code": m.trust_remote_code
+        }  # fmt: skip
+        start = perf_counter()
+        map_blocks(what, blocks, tokens, root, loading, work, placement, self.config.cluster.max_restarts)
+        return perf_counter() - start
+
+    def _facts(self, model: str) -> ModelFacts:
+        m = self.config.model
+        facts = model_facts(model, m.revision, m.trust_remote_code)
+        self._context_length(facts.context_length)
+        return facts
+
+    def _context_length(self, allowed: int | None) -> int:
+        """The config's context length, checked against the model's; unset, the model's up to CONTEXT_AT_MOST."""
+        asked = self.config.data.context_length
+        if asked is None:
+            return min(allowed or CONTEXT_AT_MOST, CONTEXT_AT_MOST)
+        if allowed is not None and asked > allowed:
+            raise UserError(f"data.context_length: {asked} is longer than the model allows ({allowed} positions)")
+        return asked
+
+    def _check_sites(self, facts: ModelFacts) -> tuple[str, ...]:
+        """The sites to capture, checked against the model, in order of computation."""
+        wanted = self.config.capture.sites or (default_site(self.config.model.name, facts.n_blocks),)
+        return tuple(site.name for site in order_sites(wanted, facts.n_blocks))
+
+    def _tokenizer(self, model: str) -> PreTrainedTokenizerBase:
+        m = self.config.model
+        if m.tokenizer is not None:
+            return load_tokenizer(m.tokenizer, None, m.trust_remote_code)
+        return load_tokenizer(model, m.revision, m.trust_remote_code)
+
+    def _source_hash(self) -> str | None:
+        """Hash of a local source's bytes: the same path with other content is another dataset."""
+        path = Path(self.config.data.path) if self.config.data.path else None
+        if path is None or not path.exists():
+            return None
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        return fingerprint([(p.name, sha256_of(p)) for p in files])
+
+    def _saelens_metadata(self, store: Stage, context_length: int) -> dict[str, Any]:
+        return {
+            "model_name": self.config.model.name,
+            "model_class_name": "AutoModelForCausalLM",
+            "context_size": context_length,
+            "prepend_bos": True,
+            "exclude_special_tokens": True,
+            "dataset_path": self.config.data.path or self.config.data.source,
+            "raysae_version": __version__,
+            "raysae_store": store.path.name,
+        }
+
+    def _to_measure(self, path: Path, saes: Stage, store: Any, only: str | None) -> dict[str, list[tuple[str, Path]]]:
+        """SAEs to measure by site: one, or all finished ones and an untrained one of each architecture as control."""
+        table = pd.read_parquet(saes.path / "table.parquet")
+        table = table[table["status"] == "completed"]
+        if only is not None:
+            table = table[table["sae_id"] == only]
+        wanted: dict[str, list[tuple[str, Path]]] = {}
+        for row in table.itertuples():
+            wanted.setdefault(str(row.site), []).append((str(row.sae_id), saes.path / "saes" / str(row.sae_id)))
+        if only is None:
+            for (site, architecture), rows in table.groupby(["site", "architecture"]):
+                d_sae = int(rows["d_sae"].max())
+                name = f"control-untrained-{architecture}-{d_sae}-{site}"
+                knob = COEFFICIENT[str(architecture)]
+                typical = rows[knob].median()
+                config = SAEConfig(
+                    str(architecture), store.d_model(site), d_sae, seed=self.config.seed,
+                    k=int(typical) if knob == "k" else None,
+                    l1_coefficient=float(typical) if knob == "l1_coefficient" else None,
+                )  # fmt: skip
+                scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
+                start = initial_parameters(config, scale.mean * scale.factor)
+                formats.save(SAE(config, fold(start, scale.factor)), path / "controls" / name)
+                wanted[str(site)].append((name, path / "controls" / name))
+        return wanted
+
+
+class _CaptureWork:
+    """`capture_block` with its settings, as the pool of hosts wants it."""
+
+    def __init__(self, root: Path, settings: Any) -> None:
+        self.root, self.settings = root, settings
+
+    def __call__(self, host: Any, block: Any) -> Mapping[str, Any]:
+        from raysae.activations.capture import capture_block
+
+        return capture_block(host, block, self.root, self.settings)
+
+
+def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:
+    """FVU and L0 of SAEs that were stopped early, from their last rung (a validation sample, no interval)."""
+    last = rungs.groupby("sae_id").tail(1).set_index("sae_id")
+    for column in ("fvu", "l0"):
+        table[column] = table[column].astype(float).fillna(table["sae_id"].map(last[column]))
+    return table
+
+
+def _control_width(sae_id: str) -> int:
+    return int(sae_id.split("-")[3])
+
+
+def _held(cpus: float, gpus: float) -> Callable[[float], dict[str, float]]:
+    """Device-seconds held during so many wall seconds."""
+    return lambda seconds: {"cpu_seconds": seconds * cpus, "gpu_seconds": seconds * gpus}

@@ -1,0 +1,133 @@
+"""What each column of the table is called, in which unit it is shown, and what it means.
+
+One list for the page's tables, the figures' axes and the tooltips, so that a number has the same name and the same
+digits wherever it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal["text", "count", "ratio", "short", "share", "nats", "small", "seconds"]
+
+OPERATORS = {"<=": "≤", ">=": "≥", "==": "=", "!=": "≠"}
+
+
+class Column(NamedTuple):
+    name: str
+    """Column of table.parquet."""
+    label: str
+    """Heading, with the unit."""
+    kind: Kind
+    """How its values are shown."""
+    meaning: str
+    """One line for the heading's tooltip and the definitions."""
+
+
+COLUMNS = (
+    Column(
+        "architecture", "Architecture", "text", "relu: ReLU with an L1 penalty; topk: the k largest latents are kept"
+    ),
+    Column("expansion_factor", "Expansion ×", "small", "d_sae / d_in"),
+    Column("d_sae", "Width d_sae", "count", "number of latents"),
+    Column("l1_coefficient", "L1 coefficient", "small", "weight of the L1 penalty of a ReLU SAE"),
+    Column("k", "k", "count", "latents that a TopK SAE keeps per token"),
+    Column("fvu", "FVU", "ratio", "fraction of variance unexplained; 0 is perfect, 1 is predicting the mean"),
+    Column("explained_variance", "EV", "ratio", "explained variance, 1 − FVU"),
+    Column("l0", "L0", "short", "active latents per token, mean"),
+    Column("l0_fraction", "L0 / d_sae", "share", "share of the latents that are active on a token"),
+    Column("ce_loss_recovered", "CE recovered", "ratio", "share of the zero-ablation loss that the SAE recovers"),
+    Column("ce_delta", "ΔCE, nats", "nats", "cross-entropy added by splicing the SAE in"),
+    Column("kl", "KL, nats", "nats", "divergence of the spliced model's next-token distribution from the clean one"),
+    Column("dead_fraction", "Dead", "share", "latents that did not fire in the dead window at the end of training"),
+    Column("never_fired_fraction", "Never fired", "share", "latents that fired on no token of the evaluated split"),
+    Column("dense_fraction", "Dense", "share", "latents that fire on more than 10% of the evaluated tokens"),
+    Column("l2_ratio", "L2 ratio", "ratio", "mean |x̂| / |x|; below 1 is shrinkage"),
+    Column("cosine", "Cosine", "ratio", "mean cosine of x and x̂"),
+    Column("site", "Site", "text", "place in the model whose activations were reconstructed"),
+    Column("seed", "Seed", "text", "seed of the initialisation"),
+    Column("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),
+    Column("ce_recovered_mean", "CE recovered by mean", "ratio", "the same score for the mean activation: the floor"),
+    Column("ce_clean", "CE clean, nats", "nats", "cross-entropy of the untouched model"),
+    Column("ce_spliced", "CE spliced, nats", "nats", "cross-entropy with x replaced by x̂"),
+    Column("ce_mean", "CE mean, nats", "nats", "cross-entropy with x replaced by its mean"),
+    Column("ce_zero", "CE zero, nats", "nats", "cross-entropy with x replaced by zero"),
+    Column("kl_mean", "KL mean, nats", "nats", "KL with x replaced by its mean"),
+    Column("kl_zero", "KL zero, nats", "nats", "KL with x replaced by zero"),
+    Column("tokens", "Tokens trained", "count", "token rows seen in training, repeats counted"),
+    Column("unique_tokens", "Unique tokens", "count", "different token rows seen in training"),
+    Column("dead_window_tokens", "Dead window, tokens", "count", "training tokens over which silence means dead"),
+    Column("n_rows", "Rows measured", "count", "token rows behind FVU and L0"),
+    Column("n_scored_tokens", "Tokens scored", "count", "tokens behind the cross-entropies and KL"),
+    Column("train_seconds", "Training, s", "seconds", "wall time of the SAE's share of its pack"),
+)
+BY_NAME = {column.name: column for column in COLUMNS}
+
+
+def label(name: str) -> str:
+    """A metric's heading; an unknown one keeps its own name."""
+    return BY_NAME[name].label if name in BY_NAME else name
+
+
+def is_number(value: Any) -> bool:
+    """Whether there is a value to show (inf counts, NaN, None and text do not)."""
+    try:
+        return not isinstance(value, str | bool) and not math.isnan(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def show(name: str, value: Any) -> str:
+    """A value in its metric's unit and digits; what is missing is a dash."""
+    kind = BY_NAME[name].kind if name in BY_NAME else "small"
+    if not is_number(value):
+        return str(value) if isinstance(value, str | bool) else "–"
+    number = float(value)
+    if math.isinf(number):
+        return "∞" if number > 0 else "−∞"
+    if kind in ("count", "text"):
+        shown = f"{number:,.0f}" if kind == "count" else f"{number:g}"
+    elif kind == "share":
+        shown = f"{100 * number:.2f}%"
+    elif kind == "small" or abs(number) >= 1e5:
+        shown = f"{number:.3g}"
+    else:
+        shown = f"{number:.{1 if kind in ('short', 'seconds') else 4}f}"
+    return shown.replace("-", "−")
+
+
+def show_threshold(name: str, op: str, value: Any) -> str:
+    """A criterion's bound, such as `≤ 0.2`, without trailing zeros."""
+    if not is_number(value):
+        return f"{OPERATORS.get(op, op)} {show(name, value)}"
+    share = name in BY_NAME and BY_NAME[name].kind == "share"
+    return f"{OPERATORS.get(op, op)} {100 * float(value):g}%" if share else f"{OPERATORS.get(op, op)} {float(value):g}"
+
+
+def interval(name: str, low: Any, high: Any) -> str:
+    """`[low, high]`, or nothing where there is no interval."""
+    return f"[{show(name, low)}, {show(name, high)}]" if is_number(low) and is_number(high) else ""
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as a person says them."""
+    if not is_number(seconds):
+        return "–"
+    value = float(seconds)
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes, hours = value / 60, value / 3600
+    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
+
+
+def size(n_bytes: Any) -> str:
+    """Bytes in decimal units."""
+    if not is_number(n_bytes):
+        return "–"
+    value = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

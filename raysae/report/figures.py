@@ -1,0 +1,398 @@
+"""One function per figure, each from the run's table to a matplotlib `Figure`; `draw` makes all that have data.
+
+Figures are `Figure` objects, not pyplot state: nothing to close, any thread, no display. A mark carries its SAE's id as
+its gid, so that `inline` can turn a saved SVG into a piece of the page: ids made unique, a `<title>` per mark, text and
+axes in the page's own ink (dark mode), nothing that points outside. Saved files keep a white background for papers.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from raysae.report.columns import is_number, label, show_threshold
+
+INK, FAINT, PAPER = "#22252b", "#8d939e", "#ffffff"
+RAMP = LinearSegmentedColormap.from_list("raysae", ["#3f7fd9", "#9a6fd0", "#d9638f", "#e8913a"])  # on white and black
+PLATE = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
+MARKERS = {"relu": "o", "topk": "s"}
+DASHES = {"relu": "-", "topk": (0, (4, 1.5))}
+PLOTTED = ("completed", "pruned")
+FVU_TOP = 1.3
+"""FVU above 1 is worse than predicting the mean; what lies far above is left off the scale, not squeezed in."""
+SMALL, LARGE = (5.2, 4.1), (6.2, 4.9)
+
+
+class Drawn(NamedTuple):
+    title: str
+    figure: Figure
+    large: bool = False
+
+
+def pareto(table: pd.DataFrame, decision: Mapping[str, Any]) -> Figure:
+    """FVU against L0: every SAE with its interval, the Pareto front, the gate's bounds, the chosen SAE."""
+    figure, axes = _axes("L0: active latents per token (log)", "FVU: share of variance unexplained", LARGE)
+    _log_x(axes)
+    front = _plotted(table, "l0", "fvu")
+    front = front[front.get("pareto", pd.Series(False, index=front.index)).fillna(False).astype(bool)]
+    groups = [part for _, part in front.groupby("site")] if "site" in front else [front]
+    for part in groups:
+        ordered = part.sort_values("l0")
+        axes.plot(ordered["l0"], ordered["fvu"], color=FAINT, linewidth=1.2, zorder=1)
+    _marks(axes, table, decision, "l0", "fvu")
+    return _finish(figure, axes, table, decision, "l0", "fvu")
+
+
+def against_l0(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) -> Figure:
+    """A metric of the spliced language model against L0."""
+    figure, axes = _axes("L0: active latents per token (log)", label(metric))
+    _log_x(axes)
+    _marks(axes, table, decision, "l0", metric)
+    return _finish(figure, axes, table, decision, "l0", metric)
+
+
+def against_sparsity(table: pd.DataFrame, decision: Mapping[str, Any], knob: str, metric: str) -> Figure:
+    """FVU or L0 against the knob that sets sparsity: the L1 coefficient of ReLU SAEs or the k of TopK ones."""
+    figure, axes = _axes(f"{label(knob)} (log)", label(metric))
+    _log_x(axes)
+    if metric == "l0":
+        _log_y(axes)
+    _marks(axes, table, decision, knob, metric)
+    return _finish(figure, axes, table, decision, knob, metric)
+
+
+def against_expansion(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) -> Figure:
+    """FVU or L0 at each expansion factor; the architectures stand side by side."""
+    figure, axes = _axes("Expansion factor: d_sae / d_in", label(metric))
+    widths = _widths(table)
+    if metric == "l0":
+        _log_y(axes)
+    places = table.assign(_place=table.get("expansion_factor", np.nan))
+    shift = {"relu": -0.12, "topk": 0.12} if table["architecture"].nunique() > 1 else {}
+    places["_place"] = [
+        widths.index(width) + shift.get(architecture, 0.0) if width in widths else np.nan
+        for width, architecture in zip(places["_place"], places["architecture"], strict=True)
+    ]
+    _marks(axes, places, decision, "_place", metric)
+    axes.set_xticks(range(len(widths)), [f"{width:g}" for width in widths])
+    axes.set_xlim(-0.6, max(len(widths), 1) - 0.4)
+    return _finish(figure, axes, table, decision, "expansion_factor", metric)
+
+
+def training(curves: pd.DataFrame, table: pd.DataFrame, decision: Mapping[str, Any], metric: str) -> Figure:
+    """FVU or L0 of each SAE on a fixed validation sample over its training tokens, one point per rung."""
+    figure, axes = _axes("Training tokens", f"{label(metric)} on a sample of validation")
+    if metric == "l0":
+        _log_y(axes)
+    axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+    colours, rows = _colours(table), {row["sae_id"]: row for row in records(table)}
+    for sae_id, part in curves.groupby("sae_id"):
+        if sae_id not in rows:
+            continue
+        row, line = rows[sae_id], part.sort_values("tokens")
+        values = line[metric].where(np.isfinite(line[metric]) & ((line[metric] > 0) | (metric != "l0")))
+        is_lead = sae_id == lead(decision)[0]
+        axes.plot(
+            line["tokens"],
+            values,
+            color=colours.get(row.get("expansion_factor"), FAINT),
+            linestyle=DASHES.get(row["architecture"], ":"),
+            linewidth=2.6 if is_lead else 1.1,
+            alpha=1.0 if is_lead else 0.75 if row.get("status") == "completed" else 0.3,
+            marker="." if len(line) < 3 else None,
+            zorder=4 if is_lead else 2,
+            gid=f"sae:{sae_id}",
+        )
+    return _finish(figure, axes, table, decision, "tokens", metric, lines=True)
+
+
+def draw(table: pd.DataFrame, curves: pd.DataFrame | None, decision: Mapping[str, Any]) -> dict[str, Drawn]:
+    """Every figure that has something to show, by file name; the Pareto plot always."""
+    figures = {"pareto": Drawn("FVU against L0", pareto(table, decision), large=True)}
+    for metric in ("fvu", "l0"):
+        if len(_plotted(table, "expansion_factor", metric)):
+            title = f"{label(metric)} against the expansion factor"
+            figures[f"{metric}_by_expansion"] = Drawn(title, against_expansion(table, decision, metric))
+    for knob, name in (("l1_coefficient", "l1"), ("k", "k")):
+        for metric in ("fvu", "l0"):
+            if len(_plotted(table, knob, metric)):
+                title = f"{label(metric)} against {'the L1 coefficient' if name == 'l1' else 'k'}"
+                figures[f"{metric}_by_{name}"] = Drawn(title, against_sparsity(table, decision, knob, metric))
+    for metric in ("ce_loss_recovered", "ce_delta"):
+        if len(_plotted(table, "l0", metric)):
+            title = f"{label(metric)} against L0"
+            figures[f"{metric}_by_l0"] = Drawn(title, against_l0(table, decision, metric))
+    for metric in ("fvu", "l0"):
+        if curves is not None and metric in curves and curves[metric].notna().any():
+            title = f"{label(metric)} over training"
+            figures[f"{metric}_over_training"] = Drawn(title, training(curves, table, decision, metric))
+    return figures
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The table's rows as dicts."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def lead(decision: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The SAE that the decision is about, and what it is called: the chosen one; a candidate that failed on the test
+    split or whose gate is void; or the closest, where none passed."""
+    if decision.get("chosen"):
+        return decision["chosen"], "chosen" if decision.get("verdict") == "go" else "candidate"
+    return decision.get("closest"), "closest"
+
+
+def off_scale(table: pd.DataFrame) -> list[str]:
+    """What the figures leave out, in words."""
+    notes = []
+    status = table["status"].astype(str)
+    if missing := int((~status.isin(PLOTTED)).sum()):
+        notes.append(f"{missing} SAE(s) that diverged or failed are not drawn")
+    drawn = _plotted(table, "l0", "fvu")
+    finite = table[status.isin(PLOTTED) & table.get("fvu", pd.Series(np.nan, index=table.index)).notna()]
+    if dark := len(finite) - len(drawn):
+        notes.append(f"{dark} with L0 = 0 cannot stand on a log axis")
+    if 0 < (above := int((drawn["fvu"] > FVU_TOP).sum())) < len(drawn):
+        notes.append(f"{above} with FVU above {FVU_TOP:g}, worse than predicting the mean, are off the scale")
+    return notes
+
+
+def save(figure: Figure, folder: Path, name: str) -> str:
+    """Writes `<name>.svg` and `<name>.png`; returns the SVG's text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "raysae"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    (folder / f"{name}.svg").write_text(buffer.getvalue(), encoding="utf-8")
+    figure.savefig(folder / f"{name}.png", format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def inline(svg: str, name: str, title: str, titles: Mapping[str, str]) -> str:
+    """A saved SVG as a piece of an HTML page; `titles` gives the tooltip of each SAE's mark."""
+    root = ET.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")) or child.get("id") == "background":
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        gid = element.attrib.pop("id", None)
+        element.attrib = {key.rpartition("}")[2]: _in_page(text, name) for key, text in element.attrib.items()}
+        if gid is not None and gid.startswith("sae:"):
+            element.set("class", "sae")
+            element.set("data-sae", gid[4:])
+            tooltip = ET.Element("title")
+            tooltip.text = titles.get(gid[4:], gid[4:])
+            element.insert(0, tooltip)
+        elif gid is not None:
+            element.set("id", f"{name}-{gid}")
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    return ET.tostring(root, encoding="unicode")
+
+
+def _in_page(text: str, name: str) -> str:
+    """An SVG attribute with unique references, the page's colours, and two decimals."""
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r"^#", f"#{name}-", text) if not re.fullmatch(r"#[0-9a-f]{6}", text) else text
+    text = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", text)
+    text = text.replace(INK, "currentColor").replace(FAINT, "var(--faint)").replace(PAPER, "var(--paper)")
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+
+
+def _axes(x_label: str, y_label: str, size: tuple[float, float] = SMALL) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
+    figure.patch.set_gid("background")
+    axes = figure.add_subplot(facecolor="none")
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.tick_params(which="both", color=FAINT, labelcolor=INK, length=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(color=FAINT, alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _log_x(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+
+
+def _log_y(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+
+
+def _plain(value: float, _position: int | None = None) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _tokens(value: float, _position: int | None = None) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:g}{unit}"
+    return f"{value:g}"
+
+
+def _plotted(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """The rows whose status and numbers can be drawn; L0 and sparsity coefficients stand on log axes."""
+    if x not in table or y not in table:
+        return table.iloc[:0]
+    rows = table[table["status"].isin(PLOTTED)]
+    for name in (x, y):
+        values = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        rows = rows[np.isfinite(values) & ((values > 0) | ~np.isin(name, ["l0", "l1_coefficient", "k"]))]
+    return rows
+
+
+def _widths(table: pd.DataFrame) -> list[float]:
+    return sorted(table["expansion_factor"].dropna().unique()) if "expansion_factor" in table else []
+
+
+def _colours(table: pd.DataFrame) -> dict[Any, str]:
+    widths = _widths(table)
+    return {width: to_hex(RAMP(i / max(len(widths) - 1, 1))) for i, width in enumerate(widths)}
+
+
+def _marks(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str) -> None:
+    """One mark per SAE, with interval bars where the table has them; the decision's SAE is ringed."""
+    colours = _colours(table)
+    bars: list[Any] = []
+    inks: list[Any] = []
+    for row in records(_plotted(table, x, y)):
+        colour = colours.get(row.get("expansion_factor"), FAINT)
+        faint = row["status"] != "completed"
+        ends = {name: [row.get(f"{name}_low"), row.get(f"{name}_high")] for name in (x, y)}
+        bars += [[(end, row[y]) for end in ends[x]]] if all(map(is_number, ends[x])) else []
+        bars += [[(row[x], end) for end in ends[y]]] if all(map(is_number, ends[y])) else []
+        inks += [to_rgba(colour, 0.15 if faint else 0.55)] * (len(bars) - len(inks))
+        mark = Line2D(
+            [row[x]],
+            [row[y]],
+            marker=MARKERS.get(row["architecture"], "^"),
+            markersize=6,
+            color=colour,
+            markeredgecolor=PAPER,
+            markeredgewidth=0.5,
+            linestyle="none",
+            alpha=0.28 if faint else 0.9,
+            zorder=3,
+            gid=f"sae:{row['sae_id']}",
+        )
+        axes.add_line(mark)
+        if row["sae_id"] == lead(decision)[0]:
+            axes.plot([row[x]], [row[y]], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, zorder=5)
+    axes.add_collection(LineCollection(bars, colors=inks, linewidths=0.9, zorder=2))
+    axes.autoscale_view()
+
+
+def _finish(
+    figure: Figure, axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str, lines: bool = False
+) -> Figure:
+    """The gate's bounds on these axes, limits that outliers do not set, and the legend."""
+    criteria = decision.get("criteria") or ()
+    left = any(criterion.get("metric") == x for criterion in criteria)  # clear of the other bound's label
+    for criterion in criteria:
+        metric, threshold = criterion.get("metric"), criterion.get("threshold")
+        if metric not in (x, y) or not is_number(threshold) or (metric == "l0" and threshold <= 0):
+            continue
+        place: dict[str, Any] = {
+            "textcoords": "offset points",
+            "color": INK,
+            "fontsize": 8,
+            "bbox": PLATE,
+            "zorder": 1.6,
+        }
+        text = f"gate {show_threshold(metric, criterion.get('op', ''), threshold)}"
+        style: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.7, "zorder": 1.5}
+        if metric == y:
+            axes.axhline(threshold, **style)
+            place |= {"xycoords": ("axes fraction", "data"), "xytext": (2 if left else 0, 2), "va": "bottom"}
+            axes.annotate(text, (0 if left else 1, threshold), ha="left" if left else "right", **place)
+        else:
+            axes.axvline(threshold, **style)
+            place |= {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "ha": "right", "va": "top"}
+            axes.annotate(text, (threshold, 1), rotation=90, **place)
+    for is_log, limits, set_limits in (
+        (axes.get_xscale() == "log", axes.get_xlim(), axes.set_xlim),
+        (axes.get_yscale() == "log", axes.get_ylim(), axes.set_ylim),
+    ):
+        if is_log and limits[1] < 1.5 * limits[0]:  # a single value: a log axis needs room around it
+            middle = math.sqrt(limits[0] * limits[1])
+            set_limits(middle / 1.5, middle * 1.5)
+    if y == "fvu":
+        low, high = axes.get_ylim()
+        values = [value for line in axes.lines for value in np.ravel(np.asarray(line.get_ydata(), float))]
+        if high > FVU_TOP and any(value <= FVU_TOP for value in values):
+            high = FVU_TOP
+        axes.set_ylim(max(low, 0.0) if high > 0 else low, high)
+    if not any((line.get_gid() or "").startswith("sae:") for line in axes.lines):
+        axes.annotate("no SAE has both numbers", (0.5, 0.5), xycoords="axes fraction", ha="center", color=INK)
+    shown = table if lines else _plotted(table, x, y)
+    handles = _legend(shown, _colours(table), decision, lines, front=len(axes.lines) > 0 and y == "fvu" and x == "l0")
+    in_a_row = 8 if figure.get_figwidth() > SMALL[0] else 6
+    columns = len(handles) if len(handles) <= in_a_row else math.ceil(len(handles) / 2)
+    legend = figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=max(columns, 1),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handletextpad=0.3,
+        columnspacing=1.1,
+        handlelength=1.6 if lines else 1.2,
+    )
+    legend.set_gid("legend")
+    return figure
+
+
+def _legend(
+    shown: pd.DataFrame, colours: Mapping[Any, str], decision: Mapping[str, Any], lines: bool, front: bool
+) -> list[Line2D]:
+    """What colours, markers and rings mean; of many widths only some."""
+    widths = list(colours)
+    if len(widths) > 6:
+        widths = [widths[round(i * (len(widths) - 1) / 4)] for i in range(5)]
+    handles = [Line2D([], [], color=colours[width], linewidth=4, label=f"×{width:g}") for width in widths]
+    for architecture in sorted(shown["architecture"].dropna().unique()):
+        style: dict[str, Any] = (
+            {"linestyle": DASHES.get(architecture, ":")}
+            if lines
+            else {"linestyle": "none", "marker": MARKERS.get(architecture, "^"), "markersize": 5}
+        )
+        handles.append(Line2D([], [], color=INK, label=str(architecture), **style))
+    if (shown["status"] == "pruned").any():
+        style = {"linewidth": 2} if lines else {"linestyle": "none", "marker": "o", "markersize": 5}
+        handles.append(Line2D([], [], color=FAINT, alpha=0.4, label="pruned", **style))
+    if front:
+        handles.append(Line2D([], [], color=FAINT, linewidth=1.2, label="Pareto front"))
+    sae_id, role = lead(decision)
+    if (shown["sae_id"] == sae_id).any():
+        style = (
+            {"linewidth": 2.6}
+            if lines
+            else {"linestyle": "none", "marker": "o", "markersize": 9, "markerfacecolor": "none"}
+        )
+        handles.append(Line2D([], [], color=INK, label=role, **style))
+    return handles

@@ -1,0 +1,85 @@
+"""A finished run, opened from its directory: the table, the SAEs, the decision, the figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from raysae.artifacts import read_json
+from raysae.errors import UserError
+from raysae.sae import formats
+from raysae.sae.sae import SAE
+
+
+@dataclass(frozen=True)
+class Run:
+    """`Run.open("results/<run>")` reads what the job wrote; nothing is computed again."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """The run in `path`; UserError if there is no finished run."""
+        run = cls(Path(path))
+        if not (run.path / "decision.json").is_file():
+            raise UserError(f"run: {path} has no decision.json; it is not a finished run of raysae")
+        return run
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved config."""
+        return yaml.safe_load((self.path / "config.yaml").read_text())
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """One row per SAE; intervals as `<metric>_low`, `<metric>_high`."""
+        return pd.read_parquet(self.path / "table.parquet")
+
+    @cached_property
+    def curves(self) -> pd.DataFrame:
+        """One row per SAE and rung: tokens, fvu and l0 on a validation sample, loss, dead_fraction."""
+        return pd.read_parquet(self.path / "curves.parquet")
+
+    @cached_property
+    def decision(self) -> dict[str, Any]:
+        """Verdict, criteria with values and intervals, the chosen SAE, and why each other was rejected."""
+        return read_json(self.path / "decision.json")
+
+    @cached_property
+    def ledger(self) -> dict[str, Any]:
+        """What each stage cost."""
+        return read_json(self.path / "ledger.json")
+
+    @property
+    def go(self) -> bool:
+        return self.decision["verdict"] == "go"
+
+    @property
+    def saes(self) -> list[str]:
+        """Ids of the SAEs that can be loaded."""
+        return sorted(path.parent.name for path in (self.path / "saes").glob("*/cfg.json"))
+
+    def sae(self, sae_id: str | None = None) -> SAE:
+        """An SAE by id; the chosen one if none is named."""
+        wanted = sae_id or self.decision["chosen"]
+        if wanted is None:
+            raise UserError(
+                f"run: {self.path} chose no SAE ({self.decision['reason']}); name one of {', '.join(self.saes)}"
+            )
+        if wanted not in self.saes:
+            raise UserError(f"run: {self.path} has no SAE {wanted!r}; it has {', '.join(self.saes)}")
+        return formats.load(self.path / "saes" / wanted)
+
+    @property
+    def figures(self) -> dict[str, Path]:
+        """SVG files by figure name."""
+        return {path.stem: path for path in sorted((self.path / "figures").glob("*.svg"))}
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"

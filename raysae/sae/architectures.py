@@ -1,0 +1,177 @@
+"""SAE architectures: one class each, holding the forward pass, the training loss and its hand-derived gradients.
+
+All share the affine form with x scaled to mean ‖x‖² = 1 over the training rows while they train:
+
+    pre = (x - b_dec) W_enc + b_enc,   f = σ(pre),   x̂ = f W_dec + b_dec
+
+with W_enc [d_in, d_sae], W_dec [d_sae, d_in] (SAELens' layout). They differ in σ and in the sparsity term. Gradients are
+written out because autograd would also form the gradient of the input (12 instead of 10·d_in·d_sae FLOPs per token) and
+keep more [batch, d_sae] tensors; tests compare them with autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What determines an SAE's function and its training: architecture, shape, sparsity, seed.
+
+    `k` belongs to topk, `l1_coefficient` to relu. The coefficient is stated for sum-over-d squared error and inputs of
+    mean squared norm 1; at E‖x‖ = sqrt(d_in) the same SAE has sqrt(d_in) times as much.
+    """
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: int | None = None
+    l1_coefficient: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture: {self.architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+        needed = {"relu": "l1_coefficient", "topk": "k"}[self.architecture]
+        if getattr(self, needed) is None:
+            raise ValueError(f"{needed}: {self.architecture} needs it")
+        if self.k is not None and not 0 < self.k <= self.d_sae:
+            raise ValueError(f"k: {self.k} must lie in 1..d_sae={self.d_sae}")
+
+
+class Step(NamedTuple):
+    """One training step's outcome: gradients by parameter name, sums of the batch, and which latents fired."""
+
+    gradients: Parameters
+    squared_error: Tensor  # [] sum over the batch of ‖x - x̂‖², scaled units
+    sparsity: Tensor  # [] mean over the batch of the sparsity term, without its coefficient (0 for topk)
+    fired: Tensor  # [d_sae] bool
+    active: Tensor  # [] number of non-zero latents in the batch
+
+
+class ReLU:
+    """ReLU with an L1 penalty weighted by the decoder norms (Conerly et al., April 2024).
+
+    loss = mean_n [ ‖x_n - x̂_n‖² + λ Σ_j f_nj ‖W_dec,j‖ ]. Weighting by ‖W_dec,j‖ makes the penalty blind to rescaling
+    f against W_dec, so the decoder needs no norm constraint.
+    """
+
+    constrain_decoder = False
+
+    @staticmethod
+    def encode(p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
+        """f [rows, d_sae] of x [rows, d_in]."""
+        return torch.relu(preactivations(p, x))
+
+    @staticmethod
+    def step(p: Parameters, config: SAEConfig, x: Tensor, coefficient: float, dead: Tensor | None) -> Step:
+        rows = x.shape[0]
+        centred = x - p["b_dec"]
+        f = torch.addmm(p["b_enc"], centred, p["W_enc"]).relu_()  # [rows, d_sae]
+        error = torch.addmm(p["b_dec"] - x, f, p["W_dec"])  # x̂ - x [rows, d_in]
+        norms = p["W_dec"].norm(dim=1)  # [d_sae]
+        sums = f.sum(0)
+        on = f > 0
+        g_out = error * (2 / rows)
+        g_W_dec = f.T @ g_out
+        g_W_dec += (coefficient / rows * sums / norms.clamp_min(1e-12)).unsqueeze(1) * p["W_dec"]
+        g_pre = torch.addmm(norms * (coefficient / rows), g_out, p["W_dec"].T).mul_(on)
+        g_b_enc = g_pre.sum(0)
+        gradients = {
+            "W_enc": centred.T @ g_pre,
+            "b_enc": g_b_enc,
+            "W_dec": g_W_dec,
+            "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,
+        }
+        return Step(gradients, error.square().sum(), (sums * norms).sum() / rows, on.any(0), on.sum())
+
+
+class TopK:
+    """The k largest positive pre-activations, unit-norm decoder, AuxK against dead latents (Gao et al. 2024, §2.3, A.2).
+
+    loss = mean_n [ ‖x_n - x̂_n‖² + (1/32) ‖e_n - ê_n‖² · (E‖x - x̄‖² / E‖e - ē‖²) ], with e = x - x̂ detached and ê
+    decoded, without bias, from the k_aux = d_in/2 largest pre-activations among dead latents. The published aux term is
+    the share of the error's variance that ê misses; the factor puts it in units of x's variance.
+    """
+
+    constrain_decoder = True
+    aux_coefficient = 1 / 32
+
+    @staticmethod
+    def encode(p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
+        """f [rows, d_sae] of x [rows, d_in]."""
+        return _keep_largest(preactivations(p, x), config.k or 0)
+
+    @classmethod
+    def step(cls, p: Parameters, config: SAEConfig, x: Tensor, coefficient: float, dead: Tensor | None) -> Step:
+        rows = x.shape[0]
+        centred = x - p["b_dec"]
+        pre = torch.addmm(p["b_enc"], centred, p["W_enc"])  # [rows, d_sae]
+        f = _keep_largest(pre, config.k or 0)
+        error = torch.addmm(p["b_dec"] - x, f, p["W_dec"])  # x̂ - x [rows, d_in]
+        on = f > 0
+        g_out = error * (2 / rows)
+        g_W_dec = f.T @ g_out
+        g_pre = (g_out @ p["W_dec"].T).mul_(on)
+        if dead is not None and bool(dead.any()):
+            cls._add_aux_gradients(p, pre, error, x, dead, g_W_dec, g_pre)
+        g_b_enc = g_pre.sum(0)
+        gradients = {
+            "W_enc": centred.T @ g_pre,
+            "b_enc": g_b_enc,
+            "W_dec": g_W_dec,
+            "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,
+        }
+        return Step(gradients, error.square().sum(), torch.zeros((), device=x.device), on.any(0), on.sum())
+
+    @classmethod
+    def _add_aux_gradients(
+        cls, p: Parameters, pre: Tensor, error: Tensor, x: Tensor, dead: Tensor, g_W_dec: Tensor, g_pre: Tensor
+    ) -> None:
+        index = dead.nonzero().squeeze(1)
+        k_aux = min(max(x.shape[1] // 2, 1), index.numel())
+        f_aux = _keep_largest(pre[:, index], k_aux)  # [rows, n_dead]
+        miss = f_aux @ p["W_dec"][index] + error  # ê - e, since e = -error
+        scale = (x - x.mean(0)).square().sum() / (error - error.mean(0)).square().sum().clamp_min(1e-12)
+        g_miss = miss * (2 * cls.aux_coefficient / x.shape[0] * scale)
+        g_W_dec.index_add_(0, index, f_aux.T @ g_miss)
+        g_pre.index_add_(1, index, (g_miss @ p["W_dec"][index].T).mul_(f_aux > 0))
+
+
+ARCHITECTURES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}
+
+
+def preactivations(p: Parameters, x: Tensor) -> Tensor:
+    """(x - b_dec) W_enc + b_enc, [rows, d_sae]."""
+    return torch.addmm(p["b_enc"], x - p["b_dec"], p["W_enc"])
+
+
+def _keep_largest(pre: Tensor, k: int) -> Tensor:
+    """`pre` with all but its k largest positive entries per row set to zero."""
+    values, index = pre.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(pre).scatter_(1, index, values.relu_())
+
+
+def initial_parameters(config: SAEConfig, b_dec: Tensor) -> Parameters:
+    """Random unit-norm decoder rows, W_enc = W_decᵀ (tied at the start; Gao et al. A.1), b_dec [d_in] as given, b_enc 0.
+
+    Drawn on the CPU from the member's own generator, so a seed means the same SAE on every device.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    W_dec = torch.randn(config.d_sae, config.d_in, generator=generator)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    if not ARCHITECTURES[config.architecture].constrain_decoder:
+        W_dec *= 0.1  # Anthropic (April 2024): small decoder norms at the start keep L1 from killing latents early
+    p = {
+        "W_enc": (W_dec / W_dec.norm(dim=1, keepdim=True)).T.contiguous(),
+        "b_enc": torch.zeros(config.d_sae),
+        "W_dec": W_dec,
+        "b_dec": b_dec.to(torch.float32).clone(),
+    }
+    return p

@@ -1,0 +1,89 @@
+"""SAEs on disk, in SAELens' own layout: `cfg.json` + `sae_weights.safetensors`, with a `raysae` block in the config.
+
+The traps are SAELens 6's (each was a bug somewhere): normalisation must be folded and said to be "none"; `dtype`, `k` and
+`metadata.sae_lens_version` must be there, or the loader fails, takes k=100, or drops the metadata without a word. Read
+back only by data: JSON and safetensors, never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from raysae.artifacts import write_json
+from raysae.errors import UserError
+from raysae.sae.architectures import SAEConfig
+from raysae.sae.sae import SAE
+
+SAELENS_NAME = {"relu": "standard", "topk": "topk"}
+SAE_LENS_VERSION = "6.54.12"  # the layout that this writes; SAELens reads anything >= 6.0.0 as such
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def save(sae: SAE, directory: Path, raysae: dict[str, Any] | None = None) -> None:
+    """Write `sae` to `directory`, whole or not at all. `sae.metadata` should hold model_name and hook_name."""
+    config = sae.config
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    cfg: dict[str, Any] = {
+        "architecture": SAELENS_NAME[config.architecture],
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAE_LENS_VERSION, **sae.metadata},
+        "raysae": {"config": config.__dict__, **(raysae or {})},
+    }
+    if config.architecture == "topk":
+        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    tensors = {name: sae.parameters[name].detach().to("cpu", torch.float32).contiguous() for name in TENSORS}
+    save_file(tensors, temporary / "sae_weights.safetensors")
+    write_json(temporary / "cfg.json", cfg)
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
+
+
+def load(directory: Path) -> SAE:
+    """The SAE in `directory`. Refuses pickles, and a config that does not determine the nonlinearity."""
+    file = directory / "sae_weights.safetensors"
+    if not file.is_file():
+        pickles = [p.name for p in directory.glob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
+        found = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
+        raise UserError(f"sae: {directory} holds no sae_weights.safetensors{found}")
+    cfg = json.loads((directory / "cfg.json").read_text())
+    names = {theirs: ours for ours, theirs in SAELENS_NAME.items()}
+    if cfg.get("architecture") not in names:
+        raise UserError(f"sae: {directory} has architecture {cfg.get('architecture')!r}; known: {', '.join(names)}")
+    architecture = names[cfg["architecture"]]
+    if architecture == "topk" and "k" not in cfg:
+        raise UserError(f"sae: {directory} is a topk SAE whose cfg.json has no k")
+    if cfg.get("normalize_activations", "none") != "none" or not cfg.get("apply_b_dec_to_input", True):
+        raise UserError(f"sae: {directory} has an unfolded normalisation or no b_dec on its input; fold it first")
+    ours = cfg.get("raysae", {}).get("config", {})
+    config = SAEConfig(
+        architecture=architecture,
+        d_in=cfg["d_in"],
+        d_sae=cfg["d_sae"],
+        k=cfg.get("k"),
+        l1_coefficient=ours.get("l1_coefficient", 0.0) if architecture == "relu" else None,
+        seed=ours.get("seed", 0),
+    )
+    return SAE(config, load_tensors(file), cfg.get("metadata", {}))
+
+
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, or one clear line where it is something else, such as a pickle."""
+    try:
+        return load_file(file)
+    except SafetensorError:
+        raise UserError(f"{file.name}: {file} is not a safetensors file; pickles are never loaded") from None

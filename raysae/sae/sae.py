@@ -1,0 +1,57 @@
+"""A trained SAE as a function: encode, decode, and the fold that lets it read raw activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig, initial_parameters
+
+
+@dataclass(frozen=True)
+class SAE:
+    """Config and parameters (W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec), in units of raw activations.
+
+    `metadata` travels with it on disk: model, site, context size, training config, provenance.
+    """
+
+    config: SAEConfig
+    parameters: Parameters
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents f [rows, d_sae] of activations x [rows, d_in]."""
+        return ARCHITECTURES[self.config.architecture].encode(self.parameters, self.config, x)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """x̂ [rows, d_in] of latents f [rows, d_sae]."""
+        return torch.addmm(self.parameters["b_dec"], f, self.parameters["W_dec"])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x̂ [rows, d_in], in the dtype of x."""
+        return self.decode(self.encode(x.to(torch.float32))).to(x.dtype)
+
+    def to(self, device: torch.device | str) -> SAE:
+        return SAE(self.config, {name: p.to(device) for name, p in self.parameters.items()}, self.metadata)
+
+
+def fold(parameters: Parameters, scale: float) -> Parameters:
+    """Parameters that do on raw x what `parameters` do on scale·x, latents unchanged: W_enc·s, W_dec/s, b_dec/s.
+
+    The pre-activation ((s x) - b_dec) W_enc + b_enc = (x - b_dec/s)(s W_enc) + b_enc keeps b_enc as it is.
+    """
+    return {
+        "W_enc": parameters["W_enc"] * scale,
+        "b_enc": parameters["b_enc"].clone(),
+        "W_dec": parameters["W_dec"] / scale,
+        "b_dec": parameters["b_dec"] / scale,
+    }
+
+
+def random_sae(like: SAE, seed: int = 0) -> SAE:
+    """An untrained SAE of the same shape: the control that no gate may pass."""
+    config = SAEConfig(**{**like.config.__dict__, "seed": seed})
+    return SAE(config, initial_parameters(config, like.parameters["b_dec"]), {"control": "random"})

@@ -1,0 +1,58 @@
+"""The sweep's outcome from the files its trials wrote: one row per SAE, and the training curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raysae.artifacts import read_json
+
+FACTS = [
+    "sae_id", "site", "architecture", "d_in", "d_sae", "expansion_factor", "l1_coefficient", "k", "seed",
+    "peak_learning_rate", "status", "status_reason", "tokens", "unique_tokens", "loss", "dead_fraction",
+    "dead_window_tokens", "train_seconds",
+]  # fmt: skip
+CURVES = ["sae_id", "tokens", "fvu", "l0", "loss", "dead_fraction", "learning_rate"]
+
+
+def curves(root: Path) -> pd.DataFrame:
+    """Every rung of every SAE below `root/history`, the last writing of each."""
+    lines = [json.loads(line) for file in sorted((root / "history").glob("*.jsonl")) for line in file.open()]
+    frame = pd.DataFrame(lines)
+    return frame.drop_duplicates(["sae_id", "tokens"], keep="last").sort_values(["sae_id", "tokens"], ignore_index=True)
+
+
+def training_table(
+    root: Path, errors: Mapping[str, Mapping[str, Any]], unique_tokens: int, dead_window: int
+) -> pd.DataFrame:
+    """One row per SAE (columns FACTS): its last rung, and what became of it.
+
+    status: completed, pruned (with the reason), diverged, or error. `errors` maps sae_id to {facts..., message} for
+    trials that failed for good. Fidelity is measured later, on whole splits.
+    """
+    last = (
+        curves(root).groupby("sae_id", sort=False).tail(1).set_index("sae_id") if (root / "history").exists() else None
+    )
+    rows = []
+    for sae_id, facts in ({} if last is None else last.to_dict("index")).items():
+        status, reason = "error", errors.get(str(sae_id), {}).get("message", "its trial did not finish")
+        pruned = root / "pruned" / f"{sae_id}.json"
+        if facts["diverged"]:
+            status, reason = "diverged", "its loss is no longer finite"
+        elif (root / "saes" / str(sae_id) / "cfg.json").exists():
+            status, reason = "completed", ""
+        elif pruned.exists():
+            status, reason = "pruned", read_json(pruned)["reason"]
+        rows.append(facts | {"sae_id": sae_id, "status": status, "status_reason": reason})
+    known = {row["sae_id"] for row in rows}
+    for sae_id, facts in errors.items():
+        if sae_id not in known:
+            rows.append({**facts, "sae_id": sae_id, "status": "error", "status_reason": facts["message"]})
+    table = pd.DataFrame(rows)
+    table["unique_tokens"] = table["tokens"].clip(upper=unique_tokens) if "tokens" in table else 0
+    table["dead_window_tokens"] = dead_window
+    return table.reindex(columns=FACTS).sort_values("sae_id", ignore_index=True)

@@ -1,0 +1,303 @@
+"""The sweep over Ray Tune: a trial trains a pack, Optuna proposes coefficients, dominated SAEs are stopped.
+
+Three small adapters: `PackSearch` hands Tune one pack after another and tells Optuna how its members did;
+`StopDominated` is a scheduler that applies `prune.reason_to_stop`; `run_trial` is `trial.train_pack` with Tune's
+reports and checkpoints. An experiment that a killed driver left is restored, not begun anew.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import optuna
+import torch
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, CLIReporter, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from raysae.artifacts import write_json
+from raysae.cluster import Placement, device
+from raysae.progress import Progress
+from raysae.sae.architectures import SAEConfig
+from raysae.sae.train import Member
+from raysae.sweep.prune import Standing, reason_to_stop
+from raysae.sweep.space import COEFFICIENT, Proposal, members
+from raysae.sweep.trial import Rung, Trial, train_pack
+
+
+class PackSearch(Searcher):
+    """Hands out packs of members. Coefficients that the plan leaves open come from Optuna, one study per site and
+    architecture, minimising (FVU, L0) together; a proposal's seeds share its coefficient and are told as their mean."""
+
+    def __init__(
+        self,
+        plan: Sequence[Proposal],
+        widths: Mapping[str, int],
+        ranges: Mapping[str, tuple[float, float]],
+        seeds: Sequence[int],
+        rates: tuple[float | None, float],
+        pack_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.plan, self.widths, self.ranges = list(plan), dict(widths), dict(ranges)
+        self.seeds, self.rates, self.pack_size, self.seed = list(seeds), rates, pack_size, seed
+        self.queue: dict[str, list[tuple[int, Member]]] = defaultdict(list)  # members by site, not yet in a pack
+        self.next_proposal = 0
+        self.studies: dict[tuple[str, str], optuna.Study] = {}
+        self.open: dict[int, tuple[tuple[str, str], optuna.trial.Trial]] = {}
+        self.outcomes: dict[int, list[tuple[float, float] | None]] = defaultdict(list)
+        self.packs: dict[str, list[tuple[int, str]]] = {}
+
+    @property
+    def total_packs(self) -> int:
+        """Packs that the whole plan makes: those of one site are never mixed with another's."""
+        per_site: dict[str, int] = defaultdict(int)
+        for proposal in self.plan:
+            per_site[proposal.site] += len(self.seeds)
+        return sum(-(-count // self.pack_size) for count in per_site.values())
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        while self.next_proposal < len(self.plan) and not any(len(q) >= self.pack_size for q in self.queue.values()):
+            proposal = self.plan[self.next_proposal]
+            self.next_proposal += 1
+            made = members(proposal, self._coefficient(proposal), self.widths[proposal.site], self.seeds, *self.rates)
+            self.queue[proposal.site] += [(proposal.index, member) for member in made]
+        ready = [site for site, queue in self.queue.items() if len(queue) >= self.pack_size]
+        ready = ready or [site for site, queue in self.queue.items() if queue]
+        if not ready:
+            return Searcher.FINISHED
+        site = ready[0]
+        pack, self.queue[site] = self.queue[site][: self.pack_size], self.queue[site][self.pack_size :]
+        self.packs[trial_id] = [(index, member.sae_id) for index, member in pack]
+        config: dict[str, Any] = {"site": site, "members": [asdict(member) for _, member in pack]}
+        if len(pack) == 1:  # shown in Tune's table and TensorBoard
+            c = pack[0][1].config
+            config |= {"architecture": c.architecture, "expansion_factor": c.d_sae / c.d_in, "seed": c.seed}
+            config[COEFFICIENT[c.architecture]] = getattr(c, COEFFICIENT[c.architecture])
+        return config
+
+    def _coefficient(self, proposal: Proposal) -> float:
+        if proposal.coefficient is not None:
+            return proposal.coefficient
+        key = (proposal.site, proposal.architecture)
+        if key not in self.studies:
+            sampler = optuna.samplers.TPESampler(seed=self.seed + len(self.studies))
+            self.studies[key] = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+        study = self.studies[key]
+        expansions = sorted({p.expansion_factor for p in self.plan})
+        study.enqueue_trial({"expansion_factor": proposal.expansion_factor})  # fixed: every width equally often
+        trial = study.ask()
+        trial.suggest_categorical("expansion_factor", expansions)
+        name = COEFFICIENT[proposal.architecture]
+        low, high = self.ranges[proposal.architecture]
+        self.open[proposal.index] = (key, trial)
+        if name == "k":
+            return trial.suggest_int(name, int(low), int(high), log=True)
+        return trial.suggest_float(name, low, high, log=True)
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        for index, sae_id in self.packs.pop(trial_id, []):
+            found = _metrics_of(result or {}).get(sae_id, {})
+            pair = (found.get("fvu", float("nan")), found.get("l0", float("nan")))
+            self.outcomes[index].append(None if error or any(v != v for v in pair) else pair)
+            if index in self.open and len(self.outcomes[index]) == len(self.seeds):
+                key, trial = self.open.pop(index)
+                good = [o for o in self.outcomes[index] if o is not None]
+                if good:
+                    self.studies[key].tell(trial, [sum(v) / len(good) for v in zip(*good, strict=True)])
+                else:
+                    self.studies[key].tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
+
+    def restore(self, checkpoint_path: str) -> None:
+        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))  # Tune's own file, as all of its state
+
+
+class StopDominated(FIFOScheduler):
+    """Stops a trial once every SAE of its pack should stop, by `prune.reason_to_stop` against all SAEs at its rung."""
+
+    def __init__(self, root: Path, margin: float, after_tokens: float) -> None:
+        super().__init__()
+        self.root, self.margin, self.after_tokens = root, margin, after_tokens
+        self.rungs: dict[tuple[str, int], dict[str, Standing]] = defaultdict(dict)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+        found = _metrics_of(result)
+        if not found or result.get("final"):
+            return TrialScheduler.CONTINUE
+        standings = _standings(found)
+        tokens = next(iter(found.values()))["tokens"]
+        rung = self.rungs[trial.config["site"], tokens]
+        rung.update({s.sae_id: s for s in standings})
+        if tokens < self.after_tokens:
+            return TrialScheduler.CONTINUE
+        reasons = {s.sae_id: reason_to_stop(s, list(rung.values()), self.margin) for s in standings}
+        if not all(reasons.values()):
+            return TrialScheduler.CONTINUE
+        _note_pruned(self.root, {sae_id: str(reason) for sae_id, reason in reasons.items()})
+        return TrialScheduler.STOP
+
+
+class SweepProgress(Callback):
+    """Moves the sweep's progress by the tokens that trials report.
+
+    Tune pickles its callbacks with the experiment and restores them from there, so the bar is the class's, not theirs.
+    """
+
+    progress: ClassVar[Progress | None] = None
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = defaultdict(int)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        found = _metrics_of(result)
+        total = sum(m["tokens"] for m in found.values())
+        last = next(reversed(found.values()), {"fvu": float("nan"), "l0": float("nan"), "sae_id": ""})
+        note = f"{last['sae_id']}: FVU {last['fvu']:.3f}, L0 {last['l0']:.1f}"
+        if self.progress is not None:
+            self.progress.advance(max(total - self.seen[trial.trial_id], 0), note)
+        self.seen[trial.trial_id] = max(total, self.seen[trial.trial_id])
+
+
+def run_trial(config: dict[str, Any], trial: Trial, threads: int, margin: float | None, after_tokens: float) -> None:
+    """Tune's trainable: one pack from its checkpoint, if it has one, to the end."""
+    torch.set_num_threads(threads)
+    pack = [Member(m["sae_id"], SAEConfig(**m["config"]), m["learning_rate"]) for m in config["members"]]
+
+    def report(rung: Rung) -> Iterable[str]:
+        flat = next(iter(rung.metrics.values())) if len(config["members"]) == 1 else {"members": rung.metrics}
+        metrics = {**flat, "final": rung.final}
+        if rung.final:
+            tune.report(metrics)
+            return []
+        with tempfile.TemporaryDirectory() as directory:
+            rung.save(Path(directory))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(directory))
+        if len(rung.metrics) == 1 or margin is None or rung.tokens < after_tokens:
+            return []
+        standings = _standings(rung.metrics)
+        reasons = {s.sae_id: reason_to_stop(s, standings, margin) for s in standings}
+        stopped = {sae_id: reason for sae_id, reason in reasons.items() if reason}
+        _note_pruned(trial.root, stopped)
+        return stopped
+
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        train_pack(trial, config["site"], pack, report, None, device())
+    else:
+        with checkpoint.as_directory() as directory:
+            train_pack(trial, config["site"], pack, report, Path(directory), device())
+
+
+def run_sweep(
+    search: PackSearch,
+    trial: Trial,
+    placement: Placement,
+    max_restarts: int,
+    prune_margin: float | None,
+    prune_after_tokens: float,
+    wandb_project: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run (or take up again) the sweep; returns {sae_id: {facts, message}} of SAEs whose trial failed for good."""
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            run_trial, trial=trial, threads=placement.threads, margin=prune_margin, after_tokens=prune_after_tokens
+        ),
+        {"cpu": placement.cpus, "gpu": placement.gpus},
+    )
+    total = len(search.plan) * len(search.seeds) * trial.recipe.steps * trial.recipe.batch_size
+    path = trial.root / "tune"
+    with Progress("sweep", total, "SAE-tok") as SweepProgress.progress:
+        if Tuner.can_restore(str(path)):
+            tuner = Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, restart_errored=True)
+        else:
+            callbacks: list[Callback] = [SweepProgress()]
+            if wandb_project:
+                from ray.air.integrations.wandb import WandbLoggerCallback
+
+                callbacks.append(WandbLoggerCallback(project=wandb_project, group=trial.root.name))
+            scheduler = (
+                FIFOScheduler() if prune_margin is None else StopDominated(trial.root, prune_margin, prune_after_tokens)
+            )
+            tuner = Tuner(
+                trainable,
+                tune_config=TuneConfig(
+                    search_alg=search,
+                    scheduler=scheduler,
+                    num_samples=search.total_packs,
+                    max_concurrent_trials=placement.workers,
+                    reuse_actors=True,
+                    trial_name_creator=_trial_name,
+                    trial_dirname_creator=lambda t: f"{_trial_name(t)}-{t.trial_id}",
+                ),
+                run_config=RunConfig(
+                    name="tune",
+                    storage_path=str(trial.root),
+                    failure_config=FailureConfig(max_failures=max_restarts),
+                    checkpoint_config=CheckpointConfig(num_to_keep=1),
+                    callbacks=callbacks,
+                    progress_reporter=_table(),
+                    verbose=1,
+                ),
+            )
+        grid = tuner.fit()
+    errors = {}
+    for result in grid:
+        if result.error is not None:
+            message = str(result.error).strip().splitlines()[-1]
+            for member in (result.config or {}).get("members", []):
+                errors[member["sae_id"]] = {**member["config"], "site": result.config["site"], "message": message}
+    return errors
+
+
+def _table() -> CLIReporter:
+    """Tune's table, with the columns of an SAE, every minute."""
+    return CLIReporter(
+        metric_columns=["tokens", "fvu", "l0", "dead_fraction"],
+        parameter_columns=["expansion_factor", "l1_coefficient", "k", "seed"],
+        max_report_frequency=60,
+        print_intermediate_tables=True,
+    )
+
+
+def _trial_name(trial: Any) -> str:
+    first = trial.config["members"][0]["sae_id"]
+    return first if len(trial.config["members"]) == 1 else f"pack-{first.split('-')[0]}"
+
+
+def _metrics_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Metrics by sae_id from a trial's report: flat for a pack of one, nested (or flattened by Tune) for others."""
+    if "sae_id" in result:
+        return {result["sae_id"]: result}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in result.items():
+        if key == "members":
+            return dict(value)
+        if key.startswith("members/"):
+            sae_id, name = key.removeprefix("members/").rsplit("/", 1)
+            nested.setdefault(sae_id, {})[name] = value
+    return nested
+
+
+def _standings(metrics: Mapping[str, Mapping[str, Any]]) -> list[Standing]:
+    return [Standing(i, m["architecture"], m["d_sae"], m["fvu"], m["l0"]) for i, m in metrics.items()]
+
+
+def _note_pruned(root: Path, reasons: Mapping[str, str | None]) -> None:
+    (root / "pruned").mkdir(parents=True, exist_ok=True)
+    for sae_id, reason in reasons.items():
+        write_json(root / "pruned" / f"{sae_id}.json", {"reason": reason})

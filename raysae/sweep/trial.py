@@ -1,0 +1,148 @@
+"""A trial: train one pack on the store from start to end, reporting at rungs. Knows nothing of Tune."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raysae.activations.store import Store
+from raysae.artifacts import read_json, write_json
+from raysae.sae import formats
+from raysae.sae.metrics import RowSums
+from raysae.sae.train import InputScale, Member, Pack, Recipe
+
+SAMPLE_ROWS = 8192
+"""Validation rows on which a rung measures FVU and L0."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What a trial reports: tokens seen, metrics by sae_id, whether training is over, and a way to save its state."""
+
+    tokens: int
+    metrics: dict[str, dict[str, Any]]
+    final: bool
+    save: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every trial of a sweep shares."""
+
+    store: Path
+    recipe: Recipe
+    rungs: int
+    stream_seed: int
+    root: Path
+    """Of the sweep: finished SAEs go to `saes/<sae_id>/`, each rung's metrics to `history/<sae_id>.jsonl`."""
+    metadata: dict[str, Any]
+    """SAELens metadata of every SAE: model_name, context_size, ..."""
+
+
+def train_pack(
+    trial: Trial,
+    site: str,
+    members: Sequence[Member],
+    report: Callable[[Rung], Iterable[str]],
+    resume: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Train `members` on `site`, calling `report` at each rung, and save each SAE when its tokens are done.
+
+    `report` returns the members to drop; the rest go on undisturbed, and training ends when none is left. `resume` is a
+    directory that a rung's `save` filled. The stream is a function of its seed and the step, so a resumed run sees the
+    batches it would have seen, and ends (on a CPU) with the same bits.
+    """
+    store = Store(trial.store)
+    recipe = trial.recipe
+    scale = InputScale(store.mean(site).to(torch.float32), store.site(site)["mean_square_norm"])
+    pack = Pack(members, recipe, scale, device)
+    seconds = 0.0
+    if resume is not None:
+        pack.load(resume)
+        seconds = read_json(resume / "trial.json")["train_seconds"]
+    sample = store.head(site, "validation", SAMPLE_ROWS).to(pack.device, torch.float32)
+    stream = store.batches(site, "train", recipe.batch_size, seed=trial.stream_seed, start=pack.step)
+    for goal in _rungs(recipe.steps, trial.rungs):
+        if goal <= pack.step and not (goal == recipe.steps == pack.step):
+            continue
+        start = time.perf_counter()
+        pack.train(islice(stream, goal - pack.step))
+        if pack.device.type == "cuda":
+            torch.cuda.synchronize(pack.device)
+        seconds += time.perf_counter() - start
+        facts = {"tokens": pack.tokens, "train_seconds": seconds / len(pack.alive), "site": site}
+        metrics = {m.sae_id: facts | _describe(m) | _measure(pack, m, sample) for m in pack.alive}
+        final = goal == recipe.steps
+        for member in pack.alive:
+            _append_history(trial, metrics[member.sae_id])
+            if final and not metrics[member.sae_id]["diverged"]:
+                _save_sae(trial, pack, site, member)
+
+        def save(directory: Path, spent: float = seconds) -> None:
+            pack.save(directory)
+            write_json(directory / "trial.json", {"train_seconds": spent})
+
+        pack.drop(report(Rung(pack.tokens, metrics, final, save)))
+        if not pack.alive:
+            return
+
+
+def _rungs(steps: int, rungs: int) -> list[int]:
+    return sorted({max(1, round(steps * (i + 1) / rungs)) for i in range(rungs)})
+
+
+def _describe(member: Member) -> dict[str, Any]:
+    c = member.config
+    return {
+        "sae_id": member.sae_id,
+        "architecture": c.architecture,
+        "d_in": c.d_in,
+        "d_sae": c.d_sae,
+        "expansion_factor": c.d_sae / c.d_in,
+        "l1_coefficient": c.l1_coefficient if c.l1_coefficient is not None else float("nan"),
+        "k": c.k if c.k is not None else float("nan"),
+        "seed": c.seed,
+        "peak_learning_rate": member.learning_rate,
+    }
+
+
+def _measure(pack: Pack, member: Member, sample: torch.Tensor) -> dict[str, Any]:
+    """FVU and L0 of the SAE as it would be saved, on the validation sample, and the trainer's own facts."""
+    sae = pack.sae(member.sae_id)
+    f = sae.encode(sample)
+    sums = RowSums(pack.scale.mean)
+    sums.add(sample, sae.decode(f), f)
+    found = sums.metrics()
+    return {"fvu": found["fvu"], "l0": found["l0"], **pack.state_of(member.sae_id)}
+
+
+def _append_history(trial: Trial, metrics: dict[str, Any]) -> None:
+    """One line per rung. A resumed trial may write a rung twice; readers keep the last."""
+    path = trial.root / "history" / f"{metrics['sae_id']}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def _save_sae(trial: Trial, pack: Pack, site: str, member: Member) -> None:
+    sae = pack.sae(member.sae_id)
+    sae.metadata.update(trial.metadata | {"hook_name": saelens_hook(site), "raysae_site": site})
+    provenance = {"training": trial.recipe.__dict__ | {"learning_rate": member.learning_rate}}
+    formats.save(sae, trial.root / "saes" / member.sae_id, provenance)
+
+
+def saelens_hook(site: str) -> str:
+    """The TransformerLens name of a site, which SAELens expects as hook_name."""
+    kind = site.rsplit(".", 1)[-1]
+    last = {"embed": "hook_embed", "final_norm": "ln_final.hook_normalized", "mlp_hidden": "mlp.hook_post"}.get(
+        kind, f"hook_{kind}"
+    )
+    return f"{site.rsplit('.', 1)[0]}.{last}" if "." in site else last

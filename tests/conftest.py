@@ -1,0 +1,33 @@
+"""Shared fixtures: the folder of real inputs, and one Ray cluster per test session."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real models and datasets; tests that need them skip where they are absent, except under CI."""
+    path = Path(os.environ.get("RAYSAE_TEST_DATA", ROOT.parent / "shared"))
+    if not (path / "models").is_dir():
+        message = f"no test data at {path}; set RAYSAE_TEST_DATA"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Threads cost the tests' tiny products ten times what they save. Workers of Ray are not touched."""
+    torch.set_num_threads(1)

@@ -1,0 +1,398 @@
+"""The report of synthetic runs: complete, offline, escaped, in the right order, and whole in the odd cases."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from raysae.errors import UserError
+from raysae.report import figures, write_report
+from raysae.report.columns import interval, show, show_threshold
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "link", "input", "br", "hr", "img"}
+
+
+def synthetic_table(n: int = 24, architectures: tuple[str, ...] = ("relu", "topk"), seed: int = 0) -> pd.DataFrame:
+    """A table of the shape a sweep gives: FVU falls with L0 and with width, TopK beats ReLU, a few SAEs went wrong."""
+    rng = np.random.default_rng(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(n):
+        architecture, expansion = architectures[i % len(architectures)], (4.0, 8.0, 16.0)[i // 2 % 3]
+        relu, d_in = architecture == "relu", 64
+        strength = rng.uniform()
+        l0 = 3 * 20**strength * rng.uniform(0.9, 1.1)
+        fvu = min(0.95, 0.9 * l0**-0.55 / expansion**0.25 * (1.2 if relu else 1.0) * rng.uniform(0.95, 1.05))
+        status = {5: "pruned", 9: "pruned", 13: "diverged", 17: "error"}.get(i, "completed")
+        knob = float(np.round(0.5 * 25**-strength, 4)) if relu else float(round(l0))
+        ce_clean, ce_zero, ce_mean = 1.21, 5.9, 4.4
+        delta = 0.9 * fvu**1.5
+        rows.append(
+            {
+                "sae_id": f"{architecture}-x{expansion:g}-{'l1_' if relu else 'k_'}{knob:g}-s0-{i}",
+                "site": "blocks.2.resid_post",
+                "architecture": architecture,
+                "d_in": d_in,
+                "d_sae": int(d_in * expansion),
+                "expansion_factor": expansion,
+                "l1_coefficient": knob if relu else np.nan,
+                "k": np.nan if relu else knob,
+                "seed": 0,
+                "learning_rate": 2e-4 * (16384 / (d_in * expansion)) ** 0.5,
+                "status": status,
+                "tokens": 1_000_000 if status != "pruned" else 500_000,
+                "unique_tokens": 400_000,
+                "fvu": fvu,
+                "fvu_low": fvu * 0.97,
+                "fvu_high": fvu * 1.03,
+                "explained_variance": 1 - fvu,
+                "l0": l0,
+                "l0_low": l0 * 0.96,
+                "l0_high": l0 * 1.04,
+                "dead_fraction": 0.02 * expansion * rng.uniform(),
+                "dead_window_tokens": 500_000,
+                "never_fired_fraction": 0.01,
+                "dense_fraction": 0.004,
+                "l2_ratio": 0.93 if relu else 0.99,
+                "cosine": 1 - fvu / 2,
+                "ce_clean": ce_clean,
+                "ce_spliced": ce_clean + delta,
+                "ce_zero": ce_zero,
+                "ce_mean": ce_mean,
+                "ce_delta": delta,
+                "ce_delta_low": delta * 0.9,
+                "ce_delta_high": delta * 1.1,
+                "ce_loss_recovered": 1 - delta / (ce_zero - ce_clean),
+                "ce_loss_recovered_low": 1 - 1.1 * delta / (ce_zero - ce_clean),
+                "ce_loss_recovered_high": 1 - 0.9 * delta / (ce_zero - ce_clean),
+                "ce_recovered_mean": (ce_zero - ce_mean) / (ce_zero - ce_clean),
+                "kl": delta * 1.05,
+                "kl_zero": 4.8,
+                "kl_mean": 3.3,
+                "n_rows": 40_000,
+                "n_scored_tokens": 20_000,
+                "train_seconds": 30 + expansion,
+            }
+        )
+    table = pd.DataFrame(rows)
+    measured = list(table.columns[table.columns.get_loc("fvu") : -1])
+    table.loc[table["status"].isin(["error", "diverged"]), measured] = np.nan
+    done = table[table["status"] == "completed"]
+    table["pareto"] = [
+        row.status == "completed" and not ((done["fvu"] < row.fvu) & (done["l0"] < row.l0)).any()
+        for row in table.itertuples()
+    ]
+    table["passes_gate"] = table["pareto"] & (table["fvu"] < 0.2)
+    return table
+
+
+def synthetic_curves(table: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for row in table.to_dict("records"):
+        fvu, l0 = (row[name] if row[name] == row[name] else 3.0 for name in ("fvu", "l0"))
+        for rung in range(1, 6 if row["status"] == "completed" else 4):
+            rows.append(
+                {
+                    "sae_id": row["sae_id"],
+                    "tokens": rung * 200_000,
+                    "fvu": fvu * (1 + 4 * np.exp(-1.5 * rung)),
+                    "l0": l0 * (1 + 3 * np.exp(-rung)),
+                    "loss": fvu + 0.1,
+                    "dead_fraction": 0.01 * rung,
+                    "learning_rate": 1e-3,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def synthetic_decision(table: pd.DataFrame, go: bool = True) -> dict[str, Any]:
+    passing = table[table["passes_gate"]].sort_values("l0")
+    lead = passing.iloc[0] if len(passing) else table.iloc[0]
+
+    def criterion(name: str, metric: str, op: str, threshold: float, why: str, passes: bool = True) -> dict[str, Any]:
+        value = float(lead[metric])
+        low, high = (float(lead.get(f"{metric}_{end}", np.nan)) for end in ("low", "high"))
+        return {
+            "criterion": name,
+            "metric": metric,
+            "op": op,
+            "threshold": threshold,
+            "value": value,
+            "low": None if np.isnan(low) else low,
+            "high": None if np.isnan(high) else high,
+            "n": 412,
+            "mandatory": metric != "dead_fraction",
+            "why": why,
+            "verdict": "pass" if passes else "fail",
+        }
+
+    criteria = [
+        criterion("faithful", "fvu", "<=", 0.2, "What is not reconstructed cannot be explained.", go),
+        criterion("sparse", "l0", "<=", 40, "A dense code is no easier to read than the activations."),
+        criterion(
+            "keeps the model working", "ce_loss_recovered", ">=", 0.9, "Features must carry what the model uses."
+        ),
+        criterion("alive", "dead_fraction", "<=", 0.5, "Dead latents are wasted width."),
+    ]
+    names = ["fvu", "l0", "explained_variance", "ce_loss_recovered", "ce_delta", "dead_fraction", "kl", "l2_ratio"]
+    metrics = {name: float(lead[name]) * 1.01 for name in [*names, "fvu_low", "fvu_high", "l0_low", "l0_high"]}
+    return {
+        "verdict": "go" if go else "no-go",
+        "reason": "It is the sparsest SAE on the Pareto front that meets every mandatory criterion."
+        if go
+        else "No SAE on the Pareto front meets FVU <= 0.2.",
+        "gate": {"name": "default", "path": "configs/gates/default.yaml"},
+        "selection": "the lowest L0 on the Pareto front among the SAEs that pass",
+        "chosen": lead["sae_id"] if go else None,
+        "closest": None if go else lead["sae_id"],
+        "criteria": criteria,
+        "test": {"metrics": metrics, "criteria": criteria} if go else None,
+        "controls": {"untrained-relu": {"metrics": {"fvu": 0.98, "l0": 31.0}, "passes_gate": False}},
+        "pareto": list(table.loc[table["pareto"], "sae_id"]),
+        "rejected": {
+            row.sae_id: ["fvu 0.31 > 0.2", f"status {row.status}"] for row in table.itertuples() if not row.passes_gate
+        },
+        "decided_at": "2026-01-31T12:00:00+00:00",
+    }
+
+
+def synthetic_run(folder: Path, table: pd.DataFrame, decision: dict[str, Any], extras: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    table.to_parquet(folder / "table.parquet")
+    (folder / "decision.json").write_text(json.dumps(decision))
+    if not extras:
+        return folder
+    synthetic_curves(table).to_parquet(folder / "curves.parquet")
+    config = {
+        "model": {"name": "embedded"},
+        "data": {"source": "arithmetic", "text_separator": "</pre><script>alert(1)</script>"},
+        "evaluation": {"confidence": 0.95, "bootstrap": 1000},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    stages = [
+        {
+            "stage": "tokens",
+            "seconds": 2.1,
+            "cpu_seconds": 2.0,
+            "gpu_seconds": 0,
+            "tokens": 480_000,
+            "bytes": 3_100_000,
+        },
+        {"stage": "capture", "seconds": 210, "cpu_seconds": 400, "gpu_seconds": 0, "tokens": 480_000, "bytes": 61e6},
+        {"stage": "sweep", "seconds": 9400, "cpu_seconds": 18_000, "gpu_seconds": None, "tokens": 24e6, "bytes": 9e6},
+    ]
+    total = {name: sum(stage[name] or 0 for stage in stages) for name in list(stages[0])[1:]}
+    for stage in stages:
+        stage["reused"] = stage["stage"] == "tokens"
+    (folder / "ledger.json").write_text(json.dumps({"stages": stages, "total": total}))
+    store = {
+        "model": {"name": "embedded"},
+        "rows": {"train": 400_000, "validation": 40_000, "test": 40_000},
+        "sites": {},
+    }
+    (folder / "store.json").write_text(json.dumps(store))
+    return folder
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects ids, references and attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.references.append(value or "")
+            self.references += re.findall(r"url\(([^)]*)\)", value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return synthetic_table()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, table: pd.DataFrame) -> Path:
+    folder = synthetic_run(tmp_path_factory.mktemp("runs") / "go", table, synthetic_decision(table))
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(run: Path) -> str:
+    return (run / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def no_go(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A no-go whose texts are hostile."""
+    table = synthetic_table(3)
+    table.loc[0, "sae_id"] = '<img src=x onerror="alert(1)">$\\alpha$&'
+    decision = synthetic_decision(table, go=False) | {"closest": table.loc[0, "sae_id"], "reason": "<b>bold</b>"}
+    return write_report(synthetic_run(tmp_path_factory.mktemp("runs") / "r", table, decision)).read_text()
+
+
+def test_page_is_well_formed_and_refers_to_nothing_outside(html: str) -> None:
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    for reference in page.references:
+        assert reference == "data:," or reference[1:] in page.ids, reference
+    assert "http://" not in html and "https://" not in html and "@import" not in html
+    assert len(html) < 1_500_000
+
+
+def test_decision_comes_first_then_gate_plots_and_table(html: str, table: pd.DataFrame) -> None:
+    order = [html.index(f'id="{name}"') for name in ("decision", "gate", "plots", "saes", "axes", "cost", "method")]
+    assert order == sorted(order)
+    head = html[order[0] : order[1]]
+    chosen = synthetic_decision(table)["chosen"]
+    row = table.set_index("sae_id").loc[chosen]
+    assert chosen in head and "sparsest SAE on the Pareto front" in head
+    assert show("fvu", row["fvu"]) in head and interval("fvu", row["fvu_low"], row["fvu_high"]) in head
+    assert show("fvu", row["fvu"] * 1.01) in head  # test
+    assert "✓ pass" in html and "≤ 0.2" in html and "What is not reconstructed" in html
+    assert "untrained-relu" in html and "fails, as it must" in html
+
+
+def test_every_sae_is_in_the_table_with_its_reason(html: str, table: pd.DataFrame) -> None:
+    for sae_id in table["sae_id"]:
+        assert f'<tr data-sae="{sae_id}"' in html
+    assert "fvu 0.31 &gt; 0.2; status error" in html
+    assert "aria-sort" in html and 'id="filter"' in html
+
+
+def test_each_mark_has_its_tooltip(html: str, table: pd.DataFrame) -> None:
+    drawn = table[table["status"].isin(figures.PLOTTED)]
+    pareto = html[html.index("FVU against L0</figcaption>") : html.index("FVU against the expansion")]
+    assert sorted(re.findall(r'class="sae" data-sae="([^"]*)"', pareto)) == sorted(drawn["sae_id"])
+    assert pareto.count("<title>") == len(drawn)
+
+
+def test_figures_are_written_and_follow_the_page_s_colours(run: Path, html: str) -> None:
+    names = {path.stem for path in (run / "figures").glob("*.svg")}
+    assert names == {path.stem for path in (run / "figures").glob("*.png")}
+    assert {"pareto", "fvu_by_l1", "l0_by_k", "ce_delta_by_l0", "l0_over_training", "fvu_by_expansion"} <= names
+    assert figures.INK not in re.sub(r"<style>.*?</style>", "", html, flags=re.S)
+    assert "currentColor" in html
+
+
+def test_text_from_files_is_escaped(no_go: str) -> None:
+    page = Page(no_go)
+    assert "img" not in page.tags and no_go.count("<script>") == 1 and "<b>bold</b>" not in no_go
+    assert "&lt;b&gt;bold&lt;/b&gt;" in no_go and "&lt;img src=x" in no_go
+
+
+def test_no_go_shows_the_closest_and_leaves_test_untouched(no_go: str) -> None:
+    assert "no-go" in no_go and "Closest: &lt;img" in no_go
+    assert "The test split was not touched" in no_go and "✗ fail" in no_go
+
+
+def test_a_candidate_that_fails_on_test_is_not_called_chosen(tmp_path: Path) -> None:
+    table = synthetic_table(1, ("topk",)).drop(columns=["ce_delta", "ce_loss_recovered", "k"])
+    table["fvu"] = table["fvu"].astype(object)  # what a table merged from dicts may hold
+    decision = synthetic_decision(synthetic_table(1, ("topk",))) | {"verdict": "no-go", "reason": "Not on test."}
+    html = write_report(synthetic_run(tmp_path / "r", table, decision, extras=False)).read_text()
+    assert f"No SAE is cleared. Candidate: {decision['chosen']}" in html and "chosen</small>" not in html
+
+
+def test_one_sae_and_nothing_but_what_must_be_there(tmp_path: Path) -> None:
+    table = synthetic_table(1, ("topk",)).drop(columns=["pareto", "l1_coefficient", "ce_delta", "fvu_low", "d_sae"])
+    decision = {"verdict": "no-go", "reason": "", "chosen": None, "criteria": [], "test": None}
+    html = write_report(synthetic_run(tmp_path / "r", table, decision, extras=False)).read_text()
+    Page(html)
+    assert "No SAE passes" in html and "No criterion was judged" in html
+    assert "No ledger was kept" in html and "No config was kept" in html
+
+
+def test_all_saes_failed(tmp_path: Path) -> None:
+    table = synthetic_table(2).assign(status="error")
+    table[["fvu", "l0", "ce_delta", "ce_loss_recovered"]] = np.nan
+    decision = {"verdict": "no-go", "reason": "No SAE completed.", "chosen": None, "closest": None}
+    html = write_report(synthetic_run(tmp_path / "r", table, decision, extras=False)).read_text()
+    assert "no SAE has both numbers" in html and "2 SAE(s) that diverged or failed" in html
+
+
+@pytest.mark.parametrize(("n", "architecture"), [(20, "relu"), (300, "topk")])
+def test_many_saes_of_one_architecture_can_be_drawn(n: int, architecture: str) -> None:
+    table = synthetic_table(n, (architecture,))
+    drawn = figures.draw(table, None, synthetic_decision(table))
+    assert ("fvu_by_l1" in drawn) == (architecture == "relu") and ("fvu_by_k" in drawn) == (architecture == "topk")
+
+
+def test_an_outlier_does_not_set_the_scale() -> None:
+    table = synthetic_table(12)
+    table.loc[0, ["fvu", "fvu_low", "fvu_high"]] = 1e6
+    table.loc[1, "l0"] = 0.0
+    low, high = figures.pareto(table, {}).axes[0].get_ylim()
+    assert 0 <= low < high <= figures.FVU_TOP
+    assert len(figures.off_scale(table)) == 2
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no table\.parquet"):
+        write_report(tmp_path)
+
+
+def test_numbers_read_as_people_write_them() -> None:
+    assert [show("fvu", value) for value in (0.12345, np.nan, None, np.inf)] == ["0.1235", "–", "–", "∞"]
+    assert show("dead_fraction", 0.0123) == "1.23%" and show("tokens", 1e6) == "1,000,000"
+    assert show("unknown_metric", 0.5) == "0.5" and show_threshold("dead_fraction", "<=", 0.1) == "≤ 10%"
+    assert interval("l0", 1.0, None) == "" and interval("ce_delta", -0.01, 0.02) == "[−0.0100, 0.0200]"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found")
+def test_in_a_browser_headers_sort_the_filter_filters_and_marks_light_up(
+    tmp_path: Path, html: str, table: pd.DataFrame
+) -> None:
+    script = """<script>
+    const heads = [...document.querySelectorAll("#saes thead button")], filter = document.getElementById("filter");
+    const fvu = heads.find(button => button.textContent === "FVU");
+    fvu.click(); fvu.click();
+    filter.value = "TOPK completed"; filter.dispatchEvent(new Event("input"));
+    document.querySelector(".sae").dispatchEvent(new PointerEvent("pointerenter"));
+    </script>"""
+    page = tmp_path / "page.html"
+    page.write_text(html + script)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [str(CHROMIUM), *flags.split(), "--disable-component-update", "--disable-sync", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    assert dom.count('aria-sort="') == 1 and 'aria-sort="descending"' in dom
+    rows = re.findall(r'<tr data-sae="([^"]*)"[^>]*?( hidden="")?>', dom)
+    measured = table.dropna(subset="fvu").sort_values("fvu", ascending=False)
+    assert [sae_id for sae_id, _ in rows][: len(measured)] == list(measured["sae_id"])
+    kept = {sae_id for sae_id, hidden in rows if not hidden}
+    assert kept == set(table.query("architecture == 'topk' and status == 'completed'")["sae_id"])
+    assert f"{len(kept)} of {len(table)}" in dom
+    lit = re.findall(r'class="sae hot" data-sae="([^"]*)"', dom)
+    assert len(lit) > 4 and len(set(lit)) == 1
+    assert re.search(rf'id="tip"[^>]*>{re.escape(lit[0])}\n', dom)
