@@ -39,8 +39,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from raysae.activations.capture import CaptureSettings, capture_block
 from raysae.activations.on_ray import map_blocks
-from raysae.cluster import Cluster
-from raysae.config import ClusterConfig
+from raysae.cluster import place_hosts
 from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
 from raysae.data.tokens import TokenBlock, micro_batches, read_block, tokenize
@@ -61,7 +60,6 @@ class Case:
     tokens: Path
     settings: CaptureSettings
     target: float
-    gap_repeats: int
 
 
 def main() -> int:
@@ -69,14 +67,14 @@ def main() -> int:
     parser.add_argument("--models", default="gpt2,stories", help="which of gpt2 and stories (default both)")
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    repeats = max(args.repeats, 5)
+    torch.set_num_threads(args.threads)
     tables = []
-    with tempfile.TemporaryDirectory() as directory, common.local_ray(cpus=len(os.sched_getaffinity(0))):
+    with tempfile.TemporaryDirectory() as directory, common.local_ray(common.cores()):
         for name in args.models.split(","):
             root = Path(directory) / name
             root.mkdir()
             case = {"gpt2": gpt2, "stories": stories}[name](root)
-            tables.append(measure(case, root, repeats))
+            tables.append(measure(case, root, max(args.repeats, 5)))
     return common.finish(tables, args.json, load)
 
 
@@ -86,9 +84,9 @@ def gpt2(root: Path) -> Case:
     tokenizer = build_tokenizer()
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer))).save_pretrained(root / "model")
     problems = load_problems("arithmetic", examples=400)
-    blocks, tokens = _tokens(root, problems, tokenizer, context_length=128, rows=4096)
+    blocks, tokens = _tokens(root, problems, tokenizer, context_length=128, rows=2048)
     settings = CaptureSettings(("blocks.6.resid_post",), "bfloat16", 16_384, 0)
-    return Case("gpt2", str(root / "model"), blocks, tokens, settings, target=0.9, gap_repeats=1)
+    return Case("gpt2", str(root / "model"), blocks, tokens, settings, target=0.9)
 
 
 def stories(root: Path) -> Case:
@@ -98,7 +96,7 @@ def stories(root: Path) -> Case:
     problems = load_problems("text", str(text), text_separator=r"(?<!\n)\n(?!\n)", text_replace=("\n\n", "\n"))
     blocks, tokens = _tokens(root, problems, load_tokenizer(str(model)), context_length=256, rows=65_536)
     settings = CaptureSettings(("blocks.2.resid_post",), "bfloat16", 16_384, 0)
-    return Case("stories260K", str(model), blocks, tokens, settings, target=0.6, gap_repeats=3)
+    return Case("stories260K", str(model), blocks, tokens, settings, target=0.6)
 
 
 def _tokens(root: Path, problems: list, tokenizer: Any, context_length: int, rows: int) -> tuple[list, Path]:
@@ -125,8 +123,8 @@ def measure(case: Case, root: Path, repeats: int) -> common.Table:
 
     works = {"bare": bare, "plain": lambda: capture_block(host, block, root / "plain", case.settings)}
     common.alternate(works, 1)
-    plain = common.alternate(works, repeats * case.gap_repeats)
-    ray, peak = through_ray(case, root / "ray", repeats * case.gap_repeats)
+    plain = common.alternate(works, repeats)
+    ray, peak = through_ray(case, root / "ray", repeats)
 
     table.add("bare forward, tokens/s", common.spread([tokens / s for s in plain["bare"]]))
     table.add("capture_block, tokens/s", common.spread([tokens / s for s in plain["plain"]]))
@@ -160,7 +158,9 @@ def check(case: Case, host: ModelHost, block: TokenBlock, root: Path) -> dict[st
             keys = [
                 (block.example_ids[example], position)
                 for i in batch.index
-                for example, position, keep in zip(block.example[i], block.positions[i], block.loss_mask[i], strict=True)
+                for example, position, keep in zip(
+                    block.example[i], block.positions[i], block.loss_mask[i], strict=True
+                )
                 if keep
             ]
             equal &= torch.equal(x[[row_of[key] for key in keys]], hidden)
@@ -179,7 +179,7 @@ def through_ray(case: Case, root: Path, repeats: int) -> tuple[dict[str, list[fl
     root.mkdir()
     blocks, tokens = _copies(case, 2 * (repeats + WARM_UP), root / "tokens")
     work = Alternating(root, case.settings)
-    placement = replace(Cluster(len(os.sched_getaffinity(0)), 0, ClusterConfig()).capture(len(blocks)), workers=1)
+    placement = replace(place_hosts(common.cores(), 0, 1, len(blocks)), threads=torch.get_num_threads())
     model = {"name": case.model, "revision": None, "dtype": "float32", "trust_remote_code": False}
     map_blocks(f"{case.name} through Ray", blocks, tokens, root, model, work, placement, max_restarts=0)
     events = [json.loads(line) for line in (root / "events.jsonl").read_text().splitlines()]
@@ -194,22 +194,19 @@ def through_ray(case: Case, root: Path, repeats: int) -> tuple[dict[str, list[fl
 
 
 def _copies(case: Case, count: int, folder: Path) -> tuple[list[dict[str, Any]], Path]:
-    """`count` blocks, by linking the case's as often as it takes, under names of their own."""
+    """`count` blocks, the case's linked as often as it takes under names of their own."""
     folder.mkdir()
     made = []
     for i in range(count):
         block = case.blocks[i % len(case.blocks)]
         file = f"train-{i:05d}.parquet"
-        (folder / file).symlink_to(case.tokens / block["file"])
+        os.link(case.tokens / block["file"], folder / file)
         made.append({**block, "file": file, "name": f"train-{i:05d}-{i:08x}"})
     return made, folder
 
 
 class Alternating:
-    """Work for the pool: bare forward and capture in turns, each with its times in `events.jsonl`.
-
-    `time.monotonic` counts for the whole machine, so the first event of the next process would follow on, too.
-    """
+    """Work for the pool: bare forward and capture in turns, each with its times in `events.jsonl`."""
 
     def __init__(self, root: Path, settings: CaptureSettings) -> None:
         self.root, self.settings, self.calls = root, settings, 0

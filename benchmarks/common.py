@@ -1,13 +1,12 @@
 """What the benchmarks share: repeats, the table with its targets, machine facts, a synthetic store, a local Ray.
 
 Runs that are compared alternate, so that a load that comes and goes falls on both; figures are medians with the
-interquartile range in brackets. Import this module before Ray: it sets Ray's environment.
+interquartile range in brackets. Import this module before torch and Ray: it sets their environment.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 for _name, _value in {
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait slow a busy machine's figures up to fivefold
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",  # the cluster below listens on 127.0.0.1 only
     "RAY_DATA_LOG_LEVEL": "ERROR",
@@ -50,7 +50,9 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles of at least two values."""
+    """Median and quartiles; of a single value, itself."""
+    if len(values) == 1:
+        return Spread(values[0], values[0], values[0], 1)
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, low, high, len(values))
 
@@ -67,7 +69,12 @@ class Table:
         return cls(title, [])
 
     def add(
-        self, name: str, value: Spread | float | str | bool, *, at_least: float | None = None, at_most: float | None = None
+        self,
+        name: str,
+        value: Spread | float | str | bool,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
     ) -> None:
         number = value.median if isinstance(value, Spread) else value
         target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else ""
@@ -79,11 +86,11 @@ class Table:
         self.rows.append({"name": name, "value": stored, "shown": _shown(value), "target": target, "ok": ok})
 
     def __str__(self) -> str:
-        head = {"name": self.title, "shown": "value", "target": "target", "ok": "ok"}
+        head = {"name": "", "shown": "value", "target": "target", "ok": "ok"}
         lines = [head, *({**row, "ok": ("yes" if row["ok"] else "NO") if row["target"] else ""} for row in self.rows)]
         width = {key: max(len(str(line[key])) for line in lines) for key in head}
         text = ["  ".join(str(line[key]).ljust(width[key]) for key in head).rstrip() for line in lines]
-        return "\n".join([text[0], "-" * (sum(width.values()) + 6), *text[1:]])
+        return "\n".join([self.title, text[0], "-" * (sum(width.values()) + 6), *text[1:]])
 
 
 def _shown(value: Spread | float | str | bool) -> str:
@@ -101,17 +108,23 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
     }
 
 
+def cores() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments of every benchmark."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--repeats", type=int, default=5, help="measurements behind each median (default 5)")
+    made.add_argument("--threads", type=int, default=cores(), help="torch threads (default: all cores; see RESULTS.md)")
     made.add_argument("--json", type=Path, help="write the tables and the machine's facts to this file")
     return made
 

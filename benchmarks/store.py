@@ -70,12 +70,16 @@ def measure(path: Path, repeats: int) -> common.Table:
     }
     common.alternate(works, 1)
     seconds = common.alternate(works, repeats)
-    table = common.Table.titled(f"store of {size / 1e9:.2f} GB, {len(files)} shards, batches of {BATCH} x {D_MODEL} bf16")
+    table = common.Table.titled(
+        f"store of {size / 1e9:.2f} GB, {len(files)} shards, batches of {BATCH} x {D_MODEL} bf16"
+    )
     for name, taken in seconds.items():
         table.add(f"{name}, GB/s", common.spread([size / s / 1e9 for s in taken]))
     table.add("store / plain", common.ratios(seconds["plain"], seconds["store"]), at_least=0.7)
     table.add("store / plain, later epochs", common.ratios(seconds["plain"], seconds["store, later epochs"]))
-    table.add("store / plain, float32", common.ratios(seconds["plain, float32"], seconds["store, float32"]), at_least=0.7)
+    table.add(
+        "store / plain, float32", common.ratios(seconds["plain, float32"], seconds["store, float32"]), at_least=0.7
+    )
     return table
 
 

@@ -20,19 +20,20 @@ _WHERE = {
     "SweepJob": "raysae.config",
     "UserError": "raysae.errors",
     "load_config": "raysae.config",
-    "sweep": "raysae.flow",
 }
 
 if TYPE_CHECKING:
     from raysae.activations.store import Store
     from raysae.config import SweepJob, load_config
     from raysae.errors import UserError
-    from raysae.flow import sweep
+    from raysae.flow import sweep as sweep
     from raysae.run import Run
     from raysae.sae.sae import SAE
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use: `import raysae.sae` needs neither Ray nor transformers
+    if name == "sweep":  # a package that can be called
+        return importlib.import_module("raysae.sweep")
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'raysae' has no attribute {name!r}")

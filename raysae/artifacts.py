@@ -91,8 +91,8 @@ def stage(
     path = root / "stages" / f"{name}-{fingerprint({'stage': name, **inputs})}"
     if (path / MANIFEST).exists():
         return Stage(path, read_json(path / MANIFEST), reused=True)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    (root / "stages" / ".locks").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / "stages" / ".locks" / path.name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -101,6 +101,7 @@ def stage(
     try:
         if (path / MANIFEST).exists():
             return Stage(path, read_json(path / MANIFEST), reused=True)
+        path.mkdir(exist_ok=True)  # under the lock: who had it before may have removed it
         start = time.perf_counter()
         made = dict(build(path))
         cost = {"seconds": time.perf_counter() - start, "bytes": size_of(path), **made.pop("cost", {})}
@@ -108,6 +109,10 @@ def stage(
         write_json(path / MANIFEST, manifest)
         return Stage(path, read_json(path / MANIFEST), reused=False)
     finally:
+        if path.is_dir() and not any(
+            path.iterdir()
+        ):  # a mistake that was found before anything was made leaves nothing
+            path.rmdir()
         lock.release()
 
 

@@ -45,34 +45,56 @@ class Placement:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster in use: Ray's CPUs and GPUs (of those, as many as the config allows) and the dashboard's URL."""
+    """The cluster in use. Sizes are asked for anew by each stage, since nodes come and go."""
 
-    cpus: float
-    gpus: int
     config: ClusterConfig
     dashboard: str | None = None
     started_here: bool = False
 
+    @property
+    def cpus(self) -> float:
+        """Ray's CPUs."""
+        import ray
+
+        return float(ray.cluster_resources().get("CPU", 1))
+
+    @property
+    def gpus(self) -> int:
+        """Ray's GPUs, of those as many as the config allows."""
+        import ray
+
+        total = int(ray.cluster_resources().get("GPU", 0))
+        return total if self.config.num_gpus is None else min(self.config.num_gpus, total)
+
     def capture(self, blocks: int) -> Placement:
-        """Hosts of the model: one per GPU, or by default a single one that uses every CPU's thread."""
-        wanted = self.config.capture_actors
-        if self.gpus:
-            workers = min(wanted or self.gpus, self.gpus, max(blocks, 1))
-            share = (self.cpus - 1) / self.gpus  # one CPU stays free for the tasks that read
-            return Placement(workers, min(1.0, max(share, 0.0)), 1.0, max(1, int(self.cpus // self.gpus)))
-        workers = max(1, min(wanted or 1, int(self.cpus), max(blocks, 1)))
-        # The reading tasks need a share of a CPU as well: a pool that holds all of them never starts to read.
-        return Placement(workers, max((self.cpus - 1) / workers, 0.5), 0.0, max(1, int(self.cpus // workers)))
+        """Hosts of the model: see `place_hosts`."""
+        return place_hosts(self.cpus, self.gpus, self.config.capture_actors, blocks)
 
     def trials(self) -> Placement:
-        """Trials of the sweep: packed by GPU share where there are GPUs, by CPU share otherwise."""
-        if self.gpus:
-            gpus = self.config.gpus_per_trial
-            at_once = max(1, int(self.gpus / gpus))
-            cpus = min(self.config.cpus_per_trial, self.cpus / at_once)
-            return Placement(at_once, cpus, gpus, max(1, int(cpus)))
-        cpus = self.config.cpus_per_trial
-        return Placement(max(1, int(self.cpus / cpus)), cpus, 0.0, max(1, int(cpus)))
+        """Trials of the sweep: see `place_trials`."""
+        return place_trials(self.cpus, self.gpus, self.config.cpus_per_trial, self.config.gpus_per_trial)
+
+
+def place_hosts(cpus: float, gpus: int, wanted: int | None, blocks: int) -> Placement:
+    """One host per GPU; without GPUs, `wanted` hosts or one, sharing all CPUs' threads. Never more hosts than blocks.
+
+    A host holds half a logical CPU at most: the tasks that read its blocks need a share as well, also when a lost node
+    has left the pool with a single CPU; a pool that holds all of them never reads.
+    """
+    if gpus:
+        workers = min(wanted or gpus, gpus, max(blocks, 1))
+        return Placement(workers, min(0.5, cpus / (2 * gpus)), 1.0, max(1, int(cpus // gpus)))
+    workers = max(1, min(wanted or 1, int(cpus), max(blocks, 1)))
+    return Placement(workers, 0.5, 0.0, max(1, int(cpus // workers)))
+
+
+def place_trials(cpus: float, gpus: int, cpus_per_trial: float, gpus_per_trial: float) -> Placement:
+    """Trials packed by GPU share where there are GPUs, by CPU share otherwise."""
+    if gpus:
+        workers = max(1, int(gpus / gpus_per_trial))
+        share = min(cpus_per_trial, cpus / workers)
+        return Placement(workers, share, gpus_per_trial, max(1, int(share)))
+    return Placement(max(1, int(cpus / cpus_per_trial)), cpus_per_trial, 0.0, max(1, int(cpus_per_trial)))
 
 
 def device() -> torch.device:
@@ -112,13 +134,7 @@ def connect(config: ClusterConfig) -> Cluster:
     if config.cpus_per_trial > total.get("CPU", 0):
         raise UserError(f"cluster.cpus_per_trial: {config.cpus_per_trial:g} asked, the cluster has {total['CPU']:g}")
     url = ray.get_runtime_context().worker.node.webui_url if hasattr(ray.get_runtime_context(), "worker") else None
-    return Cluster(
-        cpus=float(total.get("CPU", 1)),
-        gpus=gpus if config.num_gpus is None else config.num_gpus,
-        config=config,
-        dashboard=f"http://{url}" if url else None,
-        started_here=started,
-    )
+    return Cluster(config, f"http://{url}" if url else None, started)
 
 
 def disconnect(cluster: Cluster) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
@@ -156,6 +156,8 @@ class SweepConfig(Section):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} must be [low, high], got [{low}, {high}]")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must differ, got {list(self.seeds)}: the same seed makes the same SAE")
         return self
 
 
@@ -280,7 +282,7 @@ def validate(job: type[Job], values: dict[str, Any], where: str | None = None) -
     try:
         return job.model_validate(values)
     except ValidationError as error:
-        raise UserError(_one_line(job, error.errors()[0]) + (f" (in {where})" if where else "")) from None
+        raise UserError(_one_line(job, error.errors()) + (f" (in {where})" if where else "")) from None
 
 
 def dump_yaml(config: Section) -> str:
@@ -337,22 +339,32 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _one_line(job: type[BaseModel], error: Any) -> str:
+def _one_line(job: type[BaseModel], errors: Sequence[Any]) -> str:
+    """The first error in words; where a field may be one of several types, what each of them asks."""
+    error = errors[0]
     loc = [str(part) for part in error["loc"]]
     if error["type"] == "extra_forbidden":
         section = _section(job, loc[:-1])
         return f"{'.'.join(loc)}: unknown field; {_closest(loc[-1], set(section.model_fields))}; allowed: " + ", ".join(
             section.model_fields
         )
-    field = ".".join(part for part in loc if "[" not in part and part not in ("constrained-int", "constrained-float"))
-    message = error["msg"].removeprefix("Value error, ")
+    field, message = _field(error), error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{field}: {message}" if field else message
-    return f"{field}: {error['input']!r} is not allowed; {message[0].lower()}{message[1:]}"
+    allowed = " or ".join(e["msg"][0].lower() + e["msg"][1:] for e in errors if _field(e) == field)
+    return f"{field}: {error['input']!r} is not allowed; {allowed}"
+
+
+def _field(error: Any) -> str:
+    """The dotted name of the field, without pydantic's names for the types it tried."""
+    parts = (str(part) for part in error["loc"])
+    return ".".join(part for part in parts if "[" not in part and part not in ("constrained-int", "constrained-float"))
 
 
 def _section(job: type[BaseModel], loc: list[str]) -> type[BaseModel]:
     for name in loc:
+        if name not in job.model_fields:  # the place in a list
+            continue
         annotation = job.model_fields[name].annotation
         found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
         if not found:

@@ -71,18 +71,20 @@ class Flow:
         self.gate: Gate = load_gate(config.gate)
         self.finished: list[Stage] = []
         self._cluster: Cluster | None = None
+        self._fingerprints: dict[str, dict[str, str | None]] = {}
         self._check_run()
 
     def run(self) -> Run:
         """All stages, then the run's directory."""
         if self.config.model.name != "embedded":
             self._check_sites(self._facts(self.config.model.name))
+            self._fingerprint(self.config.model.name)
+            self._tokenizer(self.config.model.name)
         else:
             self._context_length(N_POSITIONS)
-        self._source_hash()
         say(f"run {self.directory}")
-        model = self.model()
         records = self.records()
+        model = self.model()
         tokens = self.tokens(records, model)
         store = self.store(tokens, model)
         sae_stage = self.saes(store, tokens)
@@ -137,7 +139,7 @@ class Flow:
             return {"examples": counts, "groups": groups}
 
         inputs = data.model_dump(mode="json", exclude={"context_length", "packing"})
-        return self._stage("records", {**inputs, "seed": self.config.seed, "source_hash": self._source_hash()}, build)
+        return self._stage("records", {**inputs, "seed": self.config.seed, "source_hash": self._source_hash}, build)
 
     def tokens(self, records: Stage, model: str) -> Stage:
         """Blocks of token sequences: `<split>-<index>.parquet`, and `spans.parquet`."""
@@ -176,7 +178,7 @@ class Flow:
         from raysae.activations.store import Store
 
         c = self.config.capture
-        made_with = fingerprint_of(model, self.config.model.revision, self.config.model.trust_remote_code)
+        made_with = self._fingerprint(model)
         sites = self._check_sites(self._facts(model))
         settings = capture.CaptureSettings(sites, c.dtype, c.tokens_per_forward, self.config.seed)
         blocks = tokens.manifest["blocks"]
@@ -204,10 +206,7 @@ class Flow:
             "seed": self.config.seed,
         }
         made = self._stage("store", inputs, build)
-        store = Store(made.path)
-        store.check_model(made_with)
-        if made.reused:
-            store.verify()
+        Store(made.path).check_model(made_with)
         return made
 
     def saes(self, store: Stage, tokens: Stage) -> Stage:
@@ -227,6 +226,8 @@ class Flow:
             from raysae.sweep.on_ray import PackSearch, run_sweep
             from raysae.sweep.trial import Trial
 
+            if store.reused:
+                opened.verify()
             placement = self.cluster.trials()
             pack_size = s.pack_size if s.pack_size != "auto" else (8 if placement.gpus else 1)
             search = PackSearch(
@@ -326,7 +327,7 @@ class Flow:
             )
         )
         controls = {
-            i: {**m, "d_sae": _control_width(i), "dead_fraction": m["never_fired_fraction"]}
+            i: {**m, **_control_shape(i, store), "dead_fraction": m["never_fired_fraction"]}
             for i, m in metrics.items()
             if i.startswith("control-")
         }
@@ -426,6 +427,12 @@ class Flow:
         map_blocks(what, blocks, tokens, root, loading, work, placement, self.config.cluster.max_restarts)
         return perf_counter() - start
 
+    def _fingerprint(self, model: str) -> dict[str, str | None]:
+        if model not in self._fingerprints:
+            m = self.config.model
+            self._fingerprints[model] = fingerprint_of(model, m.revision, m.trust_remote_code)
+        return self._fingerprints[model]
+
     def _facts(self, model: str) -> ModelFacts:
         m = self.config.model
         facts = model_facts(model, m.revision, m.trust_remote_code)
@@ -452,6 +459,7 @@ class Flow:
             return load_tokenizer(m.tokenizer, None, m.trust_remote_code)
         return load_tokenizer(model, m.revision, m.trust_remote_code)
 
+    @cached_property
     def _source_hash(self) -> str | None:
         """Hash of a local source's bytes: the same path with other content is another dataset."""
         path = Path(self.config.data.path) if self.config.data.path else None
@@ -519,8 +527,10 @@ def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _control_width(sae_id: str) -> int:
-    return int(sae_id.split("-")[3])
+def _control_shape(sae_id: str, store: Stage) -> dict[str, float]:
+    """d_sae and expansion factor of `control-untrained-<architecture>-<d_sae>-<site>`."""
+    d_sae, site = sae_id.split("-", 4)[3:]
+    return {"d_sae": int(d_sae), "expansion_factor": int(d_sae) / store.manifest["sites"][site]["d_model"]}
 
 
 def _held(cpus: float, gpus: float) -> Callable[[float], dict[str, float]]:

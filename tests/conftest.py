@@ -31,3 +31,28 @@ def shared() -> Path:
 def _one_thread() -> None:
     """Threads cost the tests' tiny products ten times what they save. Workers of Ray are not touched."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def arithmetic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's architecture and tokenizer with random weights: a real model that costs no training."""
+    import torch
+
+    from raysae.models.embedded import build_model, build_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    build_model(tokenizer, 32, 3, 2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """The one local cluster of the test session."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
+    yield
+    ray.shutdown()

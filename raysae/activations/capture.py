@@ -91,10 +91,12 @@ def _row_columns(block: TokenBlock, order: np.ndarray) -> pa.Table:
     lengths = [len(ids) for ids in block.input_ids]
     sequence = np.split(np.repeat(block.sequence_id, lengths), np.cumsum(lengths)[:-1])
     example = pa.array(kept(block.example).astype(np.int32))
+    # Names must be distinct: Parquet files of a dictionary with repeats do not come out the same twice.
+    groups = pa.array(block.groups).dictionary_encode()
     return pa.table(
         {
             "example_id": pa.DictionaryArray.from_arrays(example, pa.array(block.example_ids)),
-            "group": pa.DictionaryArray.from_arrays(example, pa.array(block.groups)),
+            "group": pa.DictionaryArray.from_arrays(groups.indices.take(example), groups.dictionary),
             "sequence_id": kept(sequence).astype(np.int32),
             "position": kept(block.positions).astype(np.int32),
             "token_id": kept(block.input_ids).astype(np.int32),
@@ -126,14 +128,16 @@ def attempt(root: Path, name: str, limit: int) -> None:
     """Note that work on `name` begins; raise CaptureError once its process has died on it more than `limit` times.
 
     Ray restarts a dead actor and hands it the same block without end; a block that kills its host (out of memory, a
-    crash in a kernel) must fail with its name instead. One byte per attempt, appended before the work starts.
+    crash in a kernel) must fail with its name instead. One line per attempt, with the process's id, appended before the
+    work starts.
     """
     path = root / "attempts" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size > limit:
-        raise CaptureError(f"capture: {name} killed its host {path.stat().st_size} times in a row; look at this block")
-    with path.open("ab") as file:
-        file.write(b".")
+    before = len(path.read_text().splitlines()) if path.exists() else 0
+    if before > limit:
+        raise CaptureError(f"capture: {name} killed its host {before} times in a row; look at this block")
+    with path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -149,6 +153,9 @@ def finish(
 
     mean and mean_square_norm are of the training rows: validation and test have no part in the input scale.
     """
+    absent = [block["name"] for block in blocks if not done(root, block["name"])]
+    if absent:
+        raise CaptureError(f"capture: {len(absent)} of {len(blocks)} blocks have no shard, such as {absent[0]}")
     shards = [read_json(_facts_file(root, block["name"])) for block in blocks]
     non_finite = sum(s["non_finite"] for s in shards)
     tokens = sum(block["rows"] for block in blocks)

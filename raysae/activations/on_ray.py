@@ -5,6 +5,7 @@ No tensor travels through Ray: a block's tokens go in, a name and a row count co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from raysae.errors import CaptureError, UserError
 from raysae.models.host import ModelHost
 from raysae.progress import Progress
 
+OURS = re.compile(r"raysae\.errors\.(UserError|CaptureError): (.*)")
 BlockWork = Callable[[ModelHost, TokenBlock], Mapping[str, Any]]
 
 
@@ -35,6 +37,7 @@ class HostActor:
         self.work, self.root, self.limit = work, Path(root), limit
         capture.attempt(self.root, "start of a host", limit + workers - 1)
         self.host = ModelHost.load(**model, device=device())
+        (self.root / "attempts" / "start of a host").unlink(missing_ok=True)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         block = read_block(batch["bytes"][0], name=batch["name"][0])
@@ -68,7 +71,9 @@ def map_blocks(
     context.max_errored_blocks = 0
     names = {str((tokens / block["file"]).resolve()): block["name"] for block in blocks}
     pool = (
-        ray.data.read_binary_files(sorted(names), include_paths=True, override_num_blocks=len(names))
+        ray.data.read_binary_files(
+            sorted(names), include_paths=True, override_num_blocks=len(names), ray_remote_args={"num_cpus": 0.1}
+        )
         .map(lambda row: {"bytes": row["bytes"], "name": names[str(Path(row["path"]).resolve())]}, num_cpus=0.1)
         .map_batches(
             HostActor,
@@ -90,9 +95,8 @@ def _names(pool: Any) -> Iterator[str]:
         for batch in pool.iter_batches(batch_size=None, prefetch_batches=0):
             yield from (str(name) for name in batch["name"])
     except RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, (UserError, CaptureError)):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        ours = OURS.findall(str(error))  # Ray hands over a traceback, in which the last of ours is the cause
+        if not ours:
             raise
-        raise type(cause)(str(getattr(cause, "cause", cause)).strip().splitlines()[-1]) from None
+        kind, message = ours[-1]
+        raise {"UserError": UserError, "CaptureError": CaptureError}[kind](message.strip()) from None

@@ -254,7 +254,7 @@ EVENTS = (
         (
             "{A} buys {n} more {o}.",
             "Then {A} finds {n} more {o}.",
-            "{B} gives {n} {o} to {A}.",
+            "A present from {B} adds {n} {o}.",
             "{A} gets {n} more {o} from {B}.",
             "Later {n} new {o} arrive.",
             "Another {n} {o} come from a friend.",

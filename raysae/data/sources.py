@@ -77,7 +77,7 @@ def _sample(count: int, examples: int | None, seed: int) -> list[int]:
 def _arithmetic(count: int, seed: int) -> list[Problem]:
     return [
         make_problem(f"arithmetic/{seed}/{row}", "arithmetic", item.question, answer=item.answer, meta=item.meta)
-        for row, item in enumerate(arithmetic.generate(count, seed))
+        for row, item in enumerate(arithmetic.generate(count, seed, "held_out"))
     ]
 
 

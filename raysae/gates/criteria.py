@@ -32,7 +32,7 @@ class Criterion(Section):
     """Column of the table; l0_fraction is L0 / d_sae."""
     op: Literal["<=", "<", ">=", ">"]
     """How the value must stand to the threshold."""
-    threshold: float
+    threshold: Annotated[float, Field(allow_inf_nan=False)]
     """The bound."""
     mandatory: bool = True
     """Whether missing it stops the phase; others are reported only."""
@@ -98,23 +98,30 @@ def load_gate(path: Path) -> Gate:
 
 def apply(gate: Gate, metrics: Mapping[str, Any]) -> list[Verdict]:
     """Every criterion of `gate` against one SAE's metrics (a row of the table)."""
-    values = {**metrics, "l0_fraction": metrics.get("l0", math.nan) / metrics.get("d_sae", math.nan)}
+    values = {**metrics, "l0_fraction": _number(metrics, "l0") / (_number(metrics, "d_sae") or math.nan)}
+    n = _number(values, "n_rows")
     verdicts = []
     for c in gate.criteria:
-        value = float(values.get(c.metric, math.nan))
+        value = _number(values, c.metric)
         holds = math.isfinite(value) and OPERATORS[c.op](value, c.threshold)
         verdicts.append(
             Verdict(
                 phase=gate.name,
                 value=value,
-                low=float(values.get(f"{c.metric}_low", math.nan)),
-                high=float(values.get(f"{c.metric}_high", math.nan)),
-                n=int(values.get("n_rows", 0)),
+                low=_number(values, f"{c.metric}_low"),
+                high=_number(values, f"{c.metric}_high"),
+                n=int(n) if math.isfinite(n) else 0,
                 verdict="pass" if holds else "fail",
                 **c.model_dump(),
             )
         )
     return verdicts
+
+
+def _number(metrics: Mapping[str, Any], name: str) -> float:
+    """A metric as a float; NaN where it is missing."""
+    value = metrics.get(name)
+    return math.nan if value is None else float(value)
 
 
 def passes(verdicts: list[Verdict]) -> bool:

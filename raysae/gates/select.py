@@ -78,6 +78,8 @@ def _reasons(
     failed = [v.in_words for v in verdicts if v.mandatory and v.verdict == "fail"]
     if failed:
         return failed
+    if not (math.isfinite(row["l0"]) and math.isfinite(row["fvu"])):
+        return ["passes, but its L0 or FVU was not measured"]
     if sae_id not in candidates:
         for peer in candidates:
             p = rows[peer]
@@ -108,6 +110,8 @@ def decide(
         reason += f"Closest is {shown}: {'; '.join(missed)}." if shown else "None finished its training."
     elif void:
         reason = f"The gate is void: the untrained SAE {void[0]} passes it. Tighten {gate_path}."
+    elif test is None:
+        reason = f"{choice.chosen} passes on the validation split but was not measured on the test split."
     elif not passes(on_test):
         missed = [v.in_words for v in on_test if v.mandatory and v.verdict == "fail"]
         reason = f"{choice.chosen} passes on the validation split but not on the test split: {'; '.join(missed)}."
@@ -115,7 +119,7 @@ def decide(
         reason = (
             f"{choice.chosen} meets every mandatory criterion on the validation split and on the untouched test split."
         )
-    go = choice.chosen is not None and not void and passes(on_test)
+    go = choice.chosen is not None and not void and test is not None and passes(on_test)
     return {
         "verdict": "go" if go else "no-go",
         "reason": reason,

@@ -52,7 +52,6 @@ class Step(NamedTuple):
     squared_error: Tensor  # [] sum over the batch of ‖x - x̂‖², scaled units
     sparsity: Tensor  # [] mean over the batch of the sparsity term, without its coefficient (0 for topk)
     fired: Tensor  # [d_sae] bool
-    active: Tensor  # [] number of non-zero latents in the batch
 
 
 class ReLU:
@@ -89,7 +88,7 @@ class ReLU:
             "W_dec": g_W_dec,
             "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,
         }
-        return Step(gradients, error.square().sum(), (sums * norms).sum() / rows, on.any(0), on.sum())
+        return Step(gradients, error.square().sum(), (sums * norms).sum() / rows, _any_row(on))
 
 
 class TopK:
@@ -128,7 +127,7 @@ class TopK:
             "W_dec": g_W_dec,
             "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,
         }
-        return Step(gradients, error.square().sum(), torch.zeros((), device=x.device), on.any(0), on.sum())
+        return Step(gradients, error.square().sum(), torch.zeros((), device=x.device), _any_row(on))
 
     @classmethod
     def _add_aux_gradients(
@@ -145,6 +144,11 @@ class TopK:
 
 
 ARCHITECTURES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}
+
+
+def _any_row(on: Tensor) -> Tensor:
+    """on.any(0), at less than half of its time on a CPU."""
+    return on.view(torch.uint8).amax(0).bool()
 
 
 def preactivations(p: Parameters, x: Tensor) -> Tensor:

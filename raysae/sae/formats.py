@@ -60,6 +60,8 @@ def load(directory: Path) -> SAE:
         pickles = [p.name for p in directory.glob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
         found = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
         raise UserError(f"sae: {directory} holds no sae_weights.safetensors{found}")
+    if not (directory / "cfg.json").is_file():
+        raise UserError(f"sae: {directory} holds no cfg.json, without which its weights are no function")
     cfg = json.loads((directory / "cfg.json").read_text())
     names = {theirs: ours for ours, theirs in SAELENS_NAME.items()}
     if cfg.get("architecture") not in names:
@@ -69,6 +71,10 @@ def load(directory: Path) -> SAE:
         raise UserError(f"sae: {directory} is a topk SAE whose cfg.json has no k")
     if cfg.get("normalize_activations", "none") != "none" or not cfg.get("apply_b_dec_to_input", True):
         raise UserError(f"sae: {directory} has an unfolded normalisation or no b_dec on its input; fold it first")
+    if cfg.get("rescale_acts_by_decoder_norm", False):
+        raise UserError(
+            f"sae: {directory} has rescale_acts_by_decoder_norm; fold W_dec's norms first (fold_W_dec_norm)"
+        )
     ours = cfg.get("raysae", {}).get("config", {})
     config = SAEConfig(
         architecture=architecture,
@@ -78,7 +84,13 @@ def load(directory: Path) -> SAE:
         l1_coefficient=ours.get("l1_coefficient", 0.0) if architecture == "relu" else None,
         seed=ours.get("seed", 0),
     )
-    return SAE(config, load_tensors(file), cfg.get("metadata", {}))
+    tensors = load_tensors(file)
+    d_in, d_sae = config.d_in, config.d_sae
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise UserError(f"sae: {file} holds {shapes}, its cfg.json needs {expected}")
+    return SAE(config, {name: tensors[name].to(torch.float32) for name in TENSORS}, cfg.get("metadata", {}))
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:

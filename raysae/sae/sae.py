@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig, initial_parameters
+from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,3 @@ def fold(parameters: Parameters, scale: float) -> Parameters:
         "W_dec": parameters["W_dec"] / scale,
         "b_dec": parameters["b_dec"] / scale,
     }
-
-
-def random_sae(like: SAE, seed: int = 0) -> SAE:
-    """An untrained SAE of the same shape: the control that no gate may pass."""
-    config = SAEConfig(**{**like.config.__dict__, "seed": seed})
-    return SAE(config, initial_parameters(config, like.parameters["b_dec"]), {"control": "random"})

@@ -183,14 +183,17 @@ class Pack:
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in t.tensors().items()}, directory / f"{i}.safetensors"
             )
-        facts = {"step": self.step, "recipe": asdict(self.recipe), "members": [asdict(m) for m in self.alive]}
+        members = [asdict(t.member) | {"loss": t.loss, "finite": t.finite} for t in self._members.values()]
+        facts = {"step": self.step, "recipe": asdict(self.recipe), "members": members}
         (directory / "pack.json").write_text(json.dumps(facts))
 
     def load(self, directory: Path) -> None:
         """Take up the state that `save` wrote; members that were dropped by then are dropped."""
         facts = json.loads((directory / "pack.json").read_text())
-        saved = [m["sae_id"] for m in facts["members"]]
+        saved = {m["sae_id"]: m for m in facts["members"]}
         self.drop([sae_id for sae_id in list(self._members) if sae_id not in saved])
-        for i, sae_id in enumerate(saved):
-            self._members[sae_id].load(load_tensors(directory / f"{i}.safetensors"))
+        for i, (sae_id, member) in enumerate(saved.items()):
+            trained = self._members[sae_id]
+            trained.load(load_tensors(directory / f"{i}.safetensors"))
+            trained.loss, trained.finite = member["loss"], member["finite"]
         self.step = facts["step"]

@@ -7,6 +7,7 @@ reports and checkpoints. An experiment that a killed driver left is restored, no
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections import defaultdict
@@ -227,9 +228,7 @@ def run_sweep(
         else:
             callbacks: list[Callback] = [SweepProgress()]
             if wandb_project:
-                from ray.air.integrations.wandb import WandbLoggerCallback
-
-                callbacks.append(WandbLoggerCallback(project=wandb_project, group=trial.root.name))
+                callbacks.append(_wandb(wandb_project, trial.root))
             scheduler = (
                 FIFOScheduler() if prune_margin is None else StopDominated(trial.root, prune_margin, prune_after_tokens)
             )
@@ -262,6 +261,16 @@ def run_sweep(
             for member in (result.config or {}).get("members", []):
                 errors[member["sae_id"]] = {**member["config"], "site": result.config["site"], "message": message}
     return errors
+
+
+def _wandb(project: str, root: Path) -> Callback:
+    """Weights & Biases, offline where there is no key (env or netrc). Its files lie beside the stage's, without the key."""
+    import wandb
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    os.environ["WANDB_MODE"] = mode  # asked for by the callback before it would ask for a key
+    return WandbLoggerCallback(project=project, group=root.name, mode=mode, dir=str(root))
 
 
 def _table() -> CLIReporter:

@@ -61,15 +61,15 @@ def members(
     base_learning_rate: float,
 ) -> list[Member]:
     """The SAEs of a proposal, one per seed. Learning rate ∝ 1/sqrt(d_sae) from its base at 16384, unless given."""
-    d_sae = round(proposal.expansion_factor * d_in)
+    d_sae = max(1, round(proposal.expansion_factor * d_in))
     rate = learning_rate if learning_rate is not None else base_learning_rate * math.sqrt(2**14 / d_sae)
     name = COEFFICIENT[proposal.architecture]
-    value = int(coefficient) if name == "k" else float(coefficient)
+    value = min(int(coefficient), d_sae) if name == "k" else float(coefficient)
     shown = f"k{value}" if name == "k" else f"l1_{value:.3g}"
     kind = f"{proposal.index:03d}-{proposal.architecture}-x{proposal.expansion_factor:g}-{shown}"
     made = []
     for seed in seeds:
-        options: dict[str, Any] = {name: min(value, d_sae) if name == "k" else value, "seed": seed}
+        options: dict[str, Any] = {name: value, "seed": seed}
         made.append(Member(f"{kind}-s{seed}", SAEConfig(proposal.architecture, d_in, d_sae, **options), rate))
     return made
 

@@ -15,10 +15,10 @@ def tokenizer():
 
 
 @pytest.fixture(autouse=True)
-def one_thread_for_small_models(request):
+def one_thread():
+    """More threads than free cores would make such small models many times slower."""
     threads = torch.get_num_threads()
-    if not request.node.get_closest_marker("slow"):
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -58,7 +58,9 @@ DEAD = {
 
 
 @pytest.mark.parametrize("dead", DEAD)
-@pytest.mark.parametrize("architecture,k,coefficient", [("relu", None, 0.0), ("relu", None, 0.7), ("topk", 1, 0.0), ("topk", 5, 0.0)])
+@pytest.mark.parametrize(
+    "architecture,k,coefficient", [("relu", None, 0.0), ("relu", None, 0.7), ("topk", 1, 0.0), ("topk", 5, 0.0)]
+)
 def test_gradients_equal_autograd(double_parameters, architecture, k, coefficient, dead):
     config = SAEConfig(architecture, D, F, k=k, l1_coefficient=coefficient if k is None else None)
     p, x = double_parameters(config), rows_of()
@@ -82,7 +84,7 @@ def test_a_step_reports_its_sums_and_leaves_its_inputs_alone(double_parameters, 
     f = ARCHITECTURES[architecture].encode(p, config, x)
     error = f @ p["W_dec"] + p["b_dec"] - x
     torch.testing.assert_close(step.squared_error, error.square().sum())
-    assert torch.equal(step.fired, (f > 0).any(0)) and int(step.active) == int((f > 0).sum())
+    assert torch.equal(step.fired, (f > 0).any(0))
     expected = (f * p["W_dec"].norm(dim=1)).sum(1).mean() if architecture == "relu" else torch.zeros(())
     torch.testing.assert_close(step.sparsity.double(), expected.double())
     assert torch.equal(x, x_before) and all(torch.equal(p[name], before[name]) for name in p)

@@ -1,0 +1,166 @@
+"""The store's reader: every row once per epoch, in a stream that can be entered anywhere; files that cannot be spoiled."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_store
+
+from raysae.activations.store import Store
+from raysae.artifacts import read_json, write_json
+from raysae.errors import UserError
+
+SITE = "blocks.0.resid_post"
+SIZES = (7, 5, 11, 1)
+TOTAL = sum(SIZES)
+
+
+def numbered(start, rows):
+    """Rows that say which they are."""
+    return torch.arange(start, start + rows, dtype=torch.float32)[:, None].repeat(1, 3)
+
+
+@pytest.fixture
+def store(tmp_path):
+    starts = np.cumsum([0, *SIZES])
+    train = [("train", numbered(start, n)) for start, n in zip(starts, SIZES, strict=False)]
+    return tiny_store(tmp_path, [train[0], ("validation", numbered(1000, 4)), *train[1:], ("test", numbered(2000, 3))])
+
+
+def ids(batches):
+    return [int(row) for batch in batches for row in batch[:, 0]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6, 24, 50])
+def test_every_row_comes_once_per_epoch(store, batch_size):
+    epochs = 3
+    count = -(-epochs * TOTAL // batch_size)
+    batches = list(islice(store.batches(SITE, "train", batch_size), count))
+    assert {b.shape for b in batches} == {(batch_size, 3)}
+    seen = ids(batches)
+    for epoch in range(epochs):
+        assert sorted(seen[epoch * TOTAL : (epoch + 1) * TOTAL]) == list(range(TOTAL))
+
+
+def test_epochs_come_in_other_orders_and_another_seed_too(store):
+    seen = ids(islice(store.batches(SITE, "train", 1), 6 * TOTAL))
+    epochs = {tuple(seen[i * TOTAL : (i + 1) * TOTAL]) for i in range(6)}
+    assert len(epochs) > 1
+    first = {tuple(ids(islice(store.batches(SITE, "train", 1, seed=s), TOTAL))) for s in range(6)}
+    assert len(first) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6, 50])
+def test_a_stream_entered_at_k_is_the_stream_less_k_batches(store, batch_size):
+    count = 3 * TOTAL // batch_size + 4
+    whole = list(islice(store.batches(SITE, "train", batch_size, seed=3), count))
+    for k in range(count):
+        late = islice(store.batches(SITE, "train", batch_size, seed=3, start=k), count - k)
+        assert ids(late) == ids(whole[k:]), k
+
+
+def test_an_empty_split_is_refused(store, tmp_path):
+    alone = tiny_store(tmp_path / "alone", [("train", numbered(0, 3))])
+    with pytest.raises(UserError, match="no validation rows"):
+        next(alone.batches(SITE, "validation", 2))
+
+
+def test_head_takes_the_first_rows_of_a_split_across_shards(store):
+    assert ids([store.head(SITE, "train", 9)]) == list(range(9))
+    assert ids([store.head(SITE, "train", 999)]) == list(range(TOTAL))
+    assert ids([store.head(SITE, "validation", 2)]) == [1000, 1001]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rows_keep_their_bits_in_every_dtype(tmp_path, dtype):
+    x = torch.randn(13, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    store = tiny_store(tmp_path, [("train", x[:6]), ("train", x[6:])])
+    assert store.head(SITE, "train", 99).dtype == dtype
+    assert torch.equal(store.head(SITE, "train", 99), x)
+    assert sorted(next(store.batches(SITE, "train", 13))[:, 0].tolist()) == sorted(x[:, 0].tolist())
+
+
+def test_a_shard_without_rows_is_no_obstacle(tmp_path):
+    store = tiny_store(tmp_path, [("train", numbered(0, 0)), ("train", numbered(0, 4)), ("train", numbered(4, 0))])
+    assert sorted(ids(islice(store.batches(SITE, "train", 2), 2))) == [0, 1, 2, 3]
+
+
+def test_writing_to_what_was_read_does_not_change_the_file(store):
+    name = store.names("train")[0]
+    store.shard(SITE, name)[:] = -5
+    next(store.batches(SITE, "train", 2))[:] = -6
+    store.verify()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+def test_sequences_come_whole_and_in_order_however_rows_lie(tmp_path):
+    """Example a lies in both shards, b in the first, c in the second; rows are shuffled; positions have gaps."""
+    rows = [("a", p) for p in (1, 2, 3, 5, 8)] + [("b", p) for p in (0, 1, 2)] + [("c", p) for p in (4, 7)]
+    first = [rows[i] for i in (6, 1, 4, 5, 0, 7)]
+    second = [rows[i] for i in (8, 3, 9, 2)]
+
+    def x_of(part):
+        return torch.tensor([[ord(e), p] for e, p in part], dtype=torch.float32)
+
+    def columns(part):
+        return {"example_id": [e for e, _ in part], "position": [p for _, p in part]}
+
+    store = tiny_store(
+        tmp_path,
+        [("train", x_of(first)), ("test", x_of(rows)), ("train", x_of(second))],
+        columns={0: columns(first), 1: columns(rows), 2: columns(second)},
+    )
+    found = list(store.sequences(SITE, "train"))
+    assert sorted(example for example, _, _ in found) == ["a", "b", "c"]
+    for example, positions, x in found:
+        assert positions.tolist() == [p for e, p in rows if e == example]
+        assert x[:, 1].tolist() == positions.tolist() and set(x[:, 0].tolist()) == {ord(example)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_a_flipped_byte_and_a_missing_file_are_found(store):
+    store.verify()
+    x, rows = f"{store.names('train')[1]}.safetensors", f"{store.names('test')[0]}.parquet"
+    for file in (store.path / SITE / x, store.path / "rows" / rows):
+        content = file.read_bytes()
+        file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        with pytest.raises(UserError, match=f"{file.name} does not match its sha256"):
+            store.verify()
+        file.unlink()
+        with pytest.raises(UserError, match=f"{file.name} is missing"):
+            store.verify()
+        file.write_bytes(content)
+        store.verify()
+
+
+def test_a_newer_schema_is_refused(store):
+    manifest = read_json(store.path / "manifest.json")
+    write_json(store.path / "manifest.json", manifest | {"schema_version": manifest["schema_version"] + 1})
+    with pytest.raises(UserError, match=r"schema version 2.*upgrade raysae"):
+        Store(store.path)
+
+
+def test_a_capture_that_has_not_finished_is_no_store(tmp_path):
+    with pytest.raises(UserError, match=r"no manifest\.json"):
+        Store(tmp_path)
+
+
+def test_a_store_of_another_model_is_refused(store):
+    mine = store.manifest["model"]
+    store.check_model(mine)
+    store.check_model({**mine, "name": "the same weights elsewhere"})
+    for key in ("class", "revision", "weights"):
+        with pytest.raises(UserError, match="was made with"):
+            store.check_model({**mine, key: "other"})
+
+
+def test_an_unknown_site_is_named_with_those_there_are(store):
+    with pytest.raises(UserError, match=r"no site blocks\.1\.resid_pre; it has blocks\.0\.resid_post"):
+        store.mean("blocks.1.resid_pre")

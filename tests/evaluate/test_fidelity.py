@@ -1,0 +1,243 @@
+"""Fidelity metrics against the definitions, computed one unpadded sequence at a time with plain hooks on a tiny GPT-2."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import BOS, D_MODEL, block_entry, tiny_block, tiny_host
+
+from raysae.activations.capture import CaptureSettings, capture_block, finish
+from raysae.activations.store import Store
+from raysae.artifacts import write_json
+from raysae.data.tokens import TokenBlock
+from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS, Measurement, _ranked, collect, done, measure_block
+from raysae.sae import formats
+from raysae.sae.architectures import SAEConfig, initial_parameters
+from raysae.sae.sae import SAE
+
+SITE = "blocks.0.resid_post"
+
+
+def saes():
+    """Two random SAEs, the identity, and the mean predictor."""
+    relu = SAEConfig("relu", D_MODEL, 24, l1_coefficient=0.1, seed=1)
+    topk = SAEConfig("topk", D_MODEL, 24, k=5, seed=2)
+    pair = SAEConfig("relu", D_MODEL, 2 * D_MODEL, l1_coefficient=0.1)
+    eye = torch.eye(D_MODEL)
+    identity = {
+        "W_enc": torch.cat([eye, -eye], 1), "b_enc": torch.zeros(2 * D_MODEL),
+        "W_dec": torch.cat([eye, -eye]), "b_dec": torch.zeros(D_MODEL),
+    }  # fmt: skip
+    return {
+        "relu": SAE(relu, initial_parameters(relu, torch.full((D_MODEL,), 0.3))),
+        "topk": SAE(topk, initial_parameters(topk, torch.full((D_MODEL,), -0.2))),
+        "identity": SAE(pair, identity),
+    }
+
+
+def joined(one: TokenBlock, two: TokenBlock) -> TokenBlock:
+    """Both blocks' sequences as one block."""
+    names = ("input_ids", "positions", "step", "loss_mask", "groups", "example_ids")
+    lists = {name: getattr(one, name) + getattr(two, name) for name in names}
+    example = one.example + [e + len(one.example_ids) for e in two.example]
+    ids = np.concatenate([one.sequence_id, two.sequence_id])
+    return TokenBlock(name="validation-00009-99", split=one.split, sequence_id=ids, example=example, **lists)
+
+
+def spoken(host, block: TokenBlock) -> TokenBlock:
+    """The block with the tokens that the host finds likeliest, so that damage to it raises cross-entropy."""
+    for ids in block.input_ids:
+        for t in range(1, len(ids) - 1):
+            if ids[t + 1] != BOS:
+                logits = host.logits(torch.from_numpy(ids[None, : t + 1]), None)[0, -1]
+                ids[t + 1] = int(logits[BOS + 1 :].argmax()) + BOS + 1
+    return block
+
+
+class World:
+    """A host, a store of a training block and two validation blocks (and the two as one), and SAEs on disk."""
+
+    def __init__(self, root):
+        self.root, self.host = root, tiny_host()
+        train = tiny_block("train", 0)
+        self.blocks = [spoken(self.host, tiny_block("validation", i, examples=7)) for i in (0, 1)]
+        self.both = joined(*self.blocks)
+        every = [train, *self.blocks, self.both]
+        settings = CaptureSettings((SITE,), "float32", 24, 0)
+        for block in every:
+            capture_block(self.host, block, root / "store", settings)
+        manifest = finish(root / "store", [block_entry(b) for b in every], settings, self.host.fingerprint, 0)
+        write_json(root / "store/manifest.json", manifest)
+        self.store, self.saes = Store(root / "store"), saes()
+        for sae_id, sae in self.saes.items():
+            formats.save(sae, root / "saes" / sae_id)
+        self.task = Measurement(
+            root / "store", SITE, tuple((i, root / "saes" / i) for i in self.saes), root / "found", 24, 1.0
+        )
+        for block in every:
+            measure_block(self.host, block, self.task)
+
+    def collect(self, *blocks, task=None):
+        root = (task or self.task).root
+        return collect(root, [b.name for b in blocks], self.store.mean(SITE), 200, 0.95, 0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("fidelity"))
+
+
+def logits_with(host, ids, change):
+    """Logits of one unpadded sequence with `change` applied to the output of block 0."""
+
+    def hook(module, args, output):
+        first = output[0] if isinstance(output, tuple) else output
+        new = change(first[0])[None]
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handle = host.model.transformer.h[0].register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            return host.model(input_ids=torch.from_numpy(ids)[None]).logits[0].double()
+    finally:
+        handle.remove()
+
+
+def reference(world, sae, block):
+    """Every metric by its definition: cross-entropy and KL over pairs of kept tokens, edits at kept tokens only."""
+    mean = world.store.mean(SITE).float()
+    sums = dict.fromkeys(("clean", "zero", "mean", "spliced", "kl", "kl_zero", "kl_mean"), 0.0)
+    n, rows = 0, []
+    for ids in block.input_ids:
+        kept = torch.from_numpy(ids != BOS)[:, None]
+        changes = {
+            "clean": lambda x: x,
+            "zero": lambda x, kept=kept: torch.where(kept, torch.zeros_like(x), x),
+            "mean": lambda x, kept=kept: torch.where(kept, mean, x),
+            "spliced": lambda x, kept=kept: torch.where(kept, sae(x), x),
+        }
+        with torch.no_grad():
+            hidden = world.host.model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[
+                1
+            ][0]
+        rows.append(hidden[kept[:, 0]])
+        log_p = {name: logits_with(world.host, ids, change).log_softmax(-1) for name, change in changes.items()}
+        for t in range(len(ids) - 1):
+            if ids[t] != BOS and ids[t + 1] != BOS:
+                n += 1
+                p = log_p["clean"][t].exp()
+                for name, values in log_p.items():
+                    sums[name] -= values[t, ids[t + 1]].item()
+                    if name != "clean":
+                        column = "kl" if name == "spliced" else f"kl_{name}"
+                        sums[column] += (p * (log_p["clean"][t] - values[t])).sum().item()
+    x = torch.cat(rows).double()
+    f = sae.encode(x.float())
+    ce = {name: value / n for name, value in sums.items()}
+    return {
+        "fvu": ((x - sae.decode(f).double()).square().sum() / (x - x.mean(0)).square().sum()).item(),
+        "l0": (f > 0).sum().item() / len(x),
+        "ce_clean": ce["clean"], "ce_zero": ce["zero"], "ce_mean": ce["mean"], "ce_spliced": ce["spliced"],
+        "ce_delta": ce["spliced"] - ce["clean"],
+        "ce_loss_recovered": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
+        "ce_recovered_mean": (ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]),
+        "kl": ce["kl"], "kl_zero": ce["kl_zero"], "kl_mean": ce["kl_mean"],
+        "n_scored_tokens": n, "n_rows": len(x),
+        "never_fired_fraction": (f > 0).any(0).logical_not().double().mean().item(),
+        "dense_fraction": ((f > 0).double().mean(0) > 0.1).double().mean().item(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("sae_id", ["relu", "topk"])
+def test_metrics_equal_their_definitions(world, sae_id):
+    found = world.collect(*world.blocks)[sae_id]
+    expected = reference(world, world.saes[sae_id], world.both)
+    assert expected["ce_zero"] - expected["ce_clean"] > 0.05 and expected["kl"] > 0.01, "the toy shows no damage"
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_identity_costs_nothing(world):
+    found = world.collect(world.both)["identity"]
+    assert found["ce_delta"] == pytest.approx(0, abs=1e-6) and found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["fvu"] == pytest.approx(0, abs=1e-12) and found["explained_variance"] == pytest.approx(1, abs=1e-12)
+    assert found["ce_loss_recovered"] == pytest.approx(1, abs=1e-5)
+    assert found["l0"] == pytest.approx(D_MODEL)
+
+
+def test_two_blocks_are_one_pass(world):
+    two, one = world.collect(*world.blocks), world.collect(world.both)
+    assert list(two) == list(one) == list(world.saes)
+    for sae_id in one:
+        assert two[sae_id] == pytest.approx(one[sae_id], rel=1e-5, abs=1e-6, nan_ok=True)
+        assert one[sae_id]["n_groups"] == 4
+
+
+def test_sums_by_group_add_up_to_the_block(world):
+    block = world.blocks[0]
+    table = pd.read_parquet(world.task.root / f"{block.name}.parquet")
+    pairs = {g: 0 for g in block.groups}
+    rows = {g: 0 for g in block.groups}
+    for ids, example in zip(block.input_ids, block.example, strict=True):
+        kept = ids != BOS
+        rows[block.groups[example[0]]] += int(kept.sum())
+        pairs[block.groups[example[0]]] += int((kept[1:] & kept[:-1]).sum())
+    for sae_id, part in table.groupby("sae_id"):
+        by_group = part.set_index("group")
+        assert by_group["rows"].to_dict() == rows and by_group["scored"].to_dict() == pairs
+        found = world.collect(block)[str(sae_id)]
+        assert by_group["nll_clean"].sum() / by_group["scored"].sum() == pytest.approx(found["ce_clean"])
+    assert set(table.columns) == {"group", "sae_id", *ROW_SUMS, *SCORE_SUMS}
+    assert not table.isna().any().any()
+
+
+def test_intervals_hold_the_value_and_rest_on_the_same_formula(world):
+    found = world.collect(*world.blocks)["relu"]
+    for name in ("fvu", "l0", "ce_delta", "ce_loss_recovered", "kl"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+        assert found[f"{name}_low"] < found[f"{name}_high"]
+    table = pd.concat([pd.read_parquet(world.task.root / f"{b.name}.parquet") for b in world.blocks])
+    total = table[table["sae_id"] == "relu"].sum(numeric_only=True)
+    x = torch.cat([world.store.shard(SITE, b.name) for b in world.blocks]).double()
+    exact = (x - x.mean(0)).square().sum() / (x - world.store.mean(SITE)).square().sum()
+    for name, (columns, statistic) in _ranked(exact.item()).items():
+        assert statistic(total[list(columns)].to_numpy(float)[None])[0] == pytest.approx(found[name], rel=1e-9)
+
+
+def test_scores_use_the_first_sequences_and_row_metrics_use_all(world):
+    task = replace(world.task, root=world.root / "part", scored_fraction=0.4)
+    block = world.blocks[0]
+    measure_block(world.host, block, task)
+    part, whole = world.collect(block, task=task)["relu"], world.collect(block)["relu"]
+    first = replace(block, input_ids=block.input_ids[:3])  # ceil(0.4 * 7)
+    expected = reference(world, world.saes["relu"], first)
+    assert part["n_scored_tokens"] == expected["n_scored_tokens"] < whole["n_scored_tokens"]
+    assert part["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+    assert part["fvu"] == whole["fvu"] and part["n_rows"] == whole["n_rows"]
+
+
+@pytest.mark.parametrize("tokens_per_forward", [1, 10_000])
+def test_padding_and_batching_do_not_matter(world, tokens_per_forward):
+    task = replace(world.task, root=world.root / f"batch{tokens_per_forward}", tokens_per_forward=tokens_per_forward)
+    for block in world.blocks:
+        measure_block(world.host, block, task)
+    found, expected = world.collect(*world.blocks, task=task), world.collect(*world.blocks)
+    for sae_id in found:
+        assert found[sae_id] == pytest.approx(expected[sae_id], rel=1e-4, abs=1e-5, nan_ok=True)
+
+
+def test_a_block_is_done_only_when_all_of_it_is_there(world):
+    root = world.root / "fresh"
+    assert not done(root, world.blocks[0].name)
+    facts = measure_block(world.host, world.blocks[0], replace(world.task, root=root))
+    assert done(root, world.blocks[0].name)
+    assert facts == {"name": world.blocks[0].name, "rows": block_entry(world.blocks[0])["rows"]}
+    assert not [p for p in root.iterdir() if p.name.startswith(".")]
+
+
+def test_the_model_is_left_as_it_was(world):
+    ids = torch.from_numpy(world.blocks[0].input_ids[0])[None]
+    before = world.host.logits(ids, None)
+    measure_block(world.host, world.blocks[0], replace(world.task, root=world.root / "again"))
+    assert torch.equal(world.host.logits(ids, None), before)

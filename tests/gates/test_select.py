@@ -1,0 +1,169 @@
+"""The choice: a hand-made front, the rule, a reason for each SAE that was not taken, and the cases that end in no-go."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+from raysae.gates.criteria import Gate
+from raysae.gates.select import choose, decide, pareto_front
+
+GATE = Gate.model_validate(
+    {"name": "toy", "criteria": [{"criterion": "faithful", "metric": "fvu", "op": "<=", "threshold": 0.3, "why": "so"}]}
+)
+
+
+def table_of(*rows):
+    """A table from (sae_id, l0, fvu) and columns to override."""
+    base = {"site": "s", "d_sae": 64, "status": "completed", "status_reason": "", "n_rows": 100.0}
+    return pd.DataFrame(
+        [{**base, "sae_id": r[0], "l0": r[1], "fvu": r[2], **(r[3] if len(r) > 3 else {})} for r in rows]
+    )
+
+
+HAND = table_of(
+    ("a", 2.0, 0.50), ("b", 4.0, 0.28), ("c", 4.0, 0.30), ("d", 6.0, 0.28), ("e", 8.0, 0.10), ("f", 9.0, 0.20),
+    ("g", 30.0, 0.05),
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The front
+
+
+def test_the_front_of_a_hand_example_in_any_row_order():
+    expected = ["a", "b", "e", "g"]  # c and f are beaten; d has no lower FVU than b, at a higher L0
+    for seed in range(5):
+        assert pareto_front(HAND.sample(frac=1, random_state=seed)) == expected
+
+
+def test_of_equal_saes_the_smallest_is_on_the_front():
+    ties = table_of(("wide", 4.0, 0.2, {"d_sae": 128}), ("small", 4.0, 0.2), ("again", 4.0, 0.2))
+    assert pareto_front(ties) == ["small"]
+
+
+def test_nan_is_never_on_the_front_and_beats_nothing():
+    rows = table_of(("a", math.nan, 0.0), ("b", 0.0, math.nan), ("c", 5.0, 0.5))
+    assert pareto_front(rows) == ["c"]
+    assert pareto_front(rows[:2]) == [] and pareto_front(rows[:0]) == []
+
+
+def test_sites_do_not_compete():
+    """An early layer is easier to reconstruct; it must not beat a late one."""
+    two = table_of(("a1", 4.0, 0.1), ("b1", 5.0, 0.2, {"site": "t"}), ("b2", 9.0, 0.3, {"site": "t"}))
+    assert pareto_front(two) == ["a1", "b1"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The choice
+
+
+def test_the_sparsest_of_the_front_of_those_that_pass():
+    choice = choose(HAND, GATE)
+    assert choice.chosen == "b" and choice.closest is None
+    assert choice.front == ["a", "b", "e", "g"]  # of all completed SAEs, for the figure
+    assert set(choice.verdicts) == set(HAND["sae_id"])
+
+
+def test_a_failing_sae_does_not_shadow_a_passing_one():
+    """The front is taken among those that pass: x beats y in both, but fails the gate."""
+    gate = Gate.model_validate({"name": "toy", "criteria": [
+        {"criterion": "alive", "metric": "dead_fraction", "op": "<=", "threshold": 0.1, "why": "so"}]})  # fmt: skip
+    table = table_of(("x", 3.0, 0.1, {"dead_fraction": 0.9}), ("y", 4.0, 0.2, {"dead_fraction": 0.0}))
+    assert choose(table, gate).chosen == "y"
+
+
+def test_of_equally_sparse_the_smallest_is_chosen():
+    table = table_of(("wide", 4.0, 0.1, {"d_sae": 256, "site": "t"}), ("small", 4.0, 0.2))
+    assert choose(table, GATE).chosen == "small"
+
+
+def test_every_sae_that_was_not_chosen_has_its_reason():
+    more = table_of(
+        ("pruned", 1.0, 0.01, {"status": "pruned", "status_reason": "dominated by e"}),
+        ("broken", math.nan, math.nan, {"status": "error", "status_reason": "out of memory"}),
+        ("wild", math.nan, math.nan, {"status": "diverged", "status_reason": "its loss is no longer finite"}),
+        ("unmeasured", 3.0, math.nan),
+    )
+    table = pd.concat([HAND, more], ignore_index=True)
+    choice = choose(table, GATE)
+    assert choice.chosen == "b", "only completed SAEs can be chosen"
+    assert set(choice.rejected) == set(table["sae_id"]) - {"b"}
+    assert all(reasons and all(reasons) for reasons in choice.rejected.values())
+    assert choice.rejected["pruned"] == ["pruned: dominated by e"]
+    assert choice.rejected["a"] == ["fvu 0.5, must be <= 0.3"]
+    assert "b has" in choice.rejected["d"][0] and "b is sparser" in choice.rejected["e"][0]
+
+
+def test_an_sae_without_fvu_cannot_be_chosen_even_if_the_gate_does_not_ask_for_it():
+    gate = Gate.model_validate({"name": "toy", "criteria": [
+        {"criterion": "sparse", "metric": "l0", "op": "<=", "threshold": 10, "why": "so"}]})  # fmt: skip
+    choice = choose(table_of(("x", 4.0, math.nan)), gate)
+    assert choice.chosen is None and choice.rejected["x"]
+
+
+def test_without_a_pass_the_closest_is_the_one_that_misses_least():
+    gate = Gate.model_validate({"name": "toy", "criteria": [
+        {"criterion": "a", "metric": "fvu", "op": "<=", "threshold": 0.1, "why": "so"},
+        {"criterion": "b", "metric": "l0", "op": "<=", "threshold": 5, "why": "so"}]})  # fmt: skip
+    table = table_of(("two", 5.1, 0.11), ("far", 4.0, 0.9), ("near", 4.0, 0.12), ("nan", 4.0, math.nan))
+    choice = choose(table, gate)
+    assert choice.chosen is None and choice.closest == "near"
+    assert set(choice.rejected) == {"two", "far", "near", "nan"}
+
+
+def test_nothing_completed_is_no_choice_and_no_crash():
+    table = table_of(("x", math.nan, math.nan, {"status": "error", "status_reason": "out of memory"}))
+    choice = choose(table, GATE)
+    assert (choice.chosen, choice.closest, choice.front) == (None, None, [])
+    decision = decide(GATE, "gate.yaml", choice, {}, None)
+    assert decision["verdict"] == "no-go" and "None finished" in decision["reason"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decision
+
+GOOD = {"fvu": 0.2, "l0": 4.0, "n_rows": 50}
+
+
+def decided(table=HAND, controls=None, test=GOOD):
+    return decide(GATE, "gate.yaml", choose(table, GATE), controls or {"control": {"fvu": 0.99}}, test)
+
+
+def test_go_needs_validation_controls_and_test():
+    decision = decided()
+    assert decision["verdict"] == "go" and decision["chosen"] == "b"
+    assert decision["criteria"][0]["value"] == 0.28 and decision["test"]["criteria"][0]["value"] == 0.2
+    assert decision["controls"]["control"]["passes_gate"] is False
+
+
+def test_failing_on_the_test_split_is_no_go():
+    decision = decided(test=GOOD | {"fvu": 0.31})
+    assert decision["verdict"] == "no-go"
+    assert "b passes on the validation split but not on the test split: fvu 0.31" in decision["reason"]
+
+
+@pytest.mark.parametrize("test", [None, {}, {"fvu": math.nan}])
+def test_what_was_not_measured_on_test_is_no_go(test):
+    assert decided(test=test)["verdict"] == "no-go"
+
+
+def test_an_untrained_sae_that_passes_voids_the_gate():
+    decision = decided(controls={"good": {"fvu": 0.99}, "control-untrained": {"fvu": 0.29}})
+    assert decision["verdict"] == "no-go"
+    assert (
+        "void" in decision["reason"] and "control-untrained" in decision["reason"] and "gate.yaml" in decision["reason"]
+    )
+
+
+def test_no_go_names_the_closest_and_what_it_misses():
+    decision = decided(table=table_of(("x", 4.0, 0.5), ("y", 4.0, 0.4)), test=None)
+    assert decision["verdict"] == "no-go" and decision["chosen"] is None and decision["closest"] == "y"
+    assert "Closest is y: fvu 0.4, must be <= 0.3" in decision["reason"]
+    assert decision["criteria"][0]["value"] == 0.4
+
+
+def test_the_decision_is_json():
+    for decision in (decided(), decided(table=table_of(("x", 4.0, 0.5)), test=None)):
+        assert json.loads(json.dumps(decision))["rejected"] == decision["rejected"]

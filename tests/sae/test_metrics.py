@@ -1,0 +1,114 @@
+"""Row metrics: what each value means, on examples where it is known, and that the sums lose nothing."""
+
+import pytest
+import torch
+
+from raysae.sae.metrics import RowSums
+
+
+def measured(x, x_hat, f=None, shift=None, batch=None):
+    f = torch.ones(len(x), 2) if f is None else f
+    sums = RowSums(x.double().mean(0) if shift is None else shift)
+    for rows in torch.arange(len(x)).split(batch or len(x)):
+        sums.add(x[rows], x_hat[rows], f[rows])
+    return sums.metrics()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 5
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0, 100.0])
+def test_the_mean_predictor_scores_zero_and_identity_one(x, shift):
+    shift = torch.full((6,), shift)
+    by_mean = measured(x, x.mean(0).expand_as(x), shift=shift)
+    assert by_mean["explained_variance"] == pytest.approx(0, abs=1e-12 if shift[0] < 50 else 1e-9)
+    assert measured(x, x, shift=shift)["explained_variance"] == pytest.approx(1, abs=1e-12)
+
+
+def test_worse_than_the_mean_is_negative_and_not_clipped(x):
+    assert measured(x, torch.zeros_like(x))["explained_variance"] < -1
+
+
+def test_a_constant_offset_is_punished(x):
+    """Var(x - x̂), as some libraries take it, would not see it."""
+    offset = torch.full((6,), 2.0, dtype=torch.float64)
+    expected = 6 * 4.0 * len(x) / (x - x.mean(0)).square().sum().item()
+    assert measured(x, x + offset)["fvu"] == pytest.approx(expected, rel=1e-12) and expected > 0.2
+
+
+def test_fvu_is_one_ratio_of_sums_not_a_mean_of_ratios(x):
+    scaled = x * torch.linspace(0.01, 10, len(x))[:, None]
+    x_hat = scaled + 0.5
+    expected = (scaled - x_hat).square().sum() / (scaled - scaled.mean(0)).square().sum()
+    assert measured(scaled, x_hat, batch=7)["fvu"] == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_mean_loses_nothing(x, dtype):
+    noise = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moved = (x + 1e4).to(dtype)
+    moved_hat = (moved.double() + noise).to(dtype)
+    exact, exact_hat = moved.double(), moved_hat.double()
+    expected = (exact - exact_hat).square().sum() / (exact - exact.mean(0)).square().sum()
+    near = exact[:100].mean(0) + 0.01  # a shift such as the store's: near the mean, not at it
+    assert measured(moved, moved_hat, shift=near, batch=64)["fvu"] == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_float32_rows_are_summed_in_float64(x):
+    rows = x.float().repeat(20, 1)
+    x_hat = rows + 0.01
+    expected = (rows.double() - x_hat.double()).square().sum() / (rows.double() - rows.double().mean(0)).square().sum()
+    assert measured(rows, x_hat)["fvu"] == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_batch_size_does_not_matter(x):
+    x_hat, f = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), (x > 4).double()
+    whole = measured(x, x_hat, f)
+    for batch in (1, 7, 333):
+        assert measured(x, x_hat, f, batch=batch) == pytest.approx(whole, abs=1e-10)
+
+
+def test_merged_sums_equal_one_pass(x):
+    x_hat, f, shift = x + 0.3, (x > 4).double(), torch.ones(6)
+    parts = []
+    for rows in torch.arange(len(x)).split([1, 600, 399]):
+        parts.append(RowSums(shift))
+        parts[-1].add(x[rows], x_hat[rows], f[rows])
+    merged = RowSums(shift).merge(parts[0]).merge(parts[1]).merge(parts[2])
+    assert merged.metrics() == pytest.approx(measured(x, x_hat, f, shift=shift), abs=1e-10)
+    assert merged.rows == 1000 and torch.equal(merged.firings, (f != 0).sum(0))
+    assert parts[0].rows == 1, "merging changed its input"
+    with pytest.raises(ValueError, match="shift"):
+        merged.merge(RowSums(torch.zeros(6)))
+
+
+def test_l0_dead_and_dense_on_a_hand_example():
+    """10 rows, 5 latents: one on all rows, one on 2 (dense, 20 %), one on exactly 10 %, one negative, one never."""
+    f = torch.zeros(10, 5)
+    f[:, 0], f[:2, 1], f[4, 2], f[5:7, 3] = 1.0, 0.5, 2.0, -1.0
+    found = measured(torch.randn(10, 3), torch.randn(10, 3), f, batch=3)
+    assert found["l0"] == pytest.approx((10 + 2 + 1 + 2) / 10)
+    assert found["never_fired_fraction"] == pytest.approx(1 / 5)
+    assert found["dense_fraction"] == pytest.approx(3 / 5)  # above, not at, a tenth of the rows
+
+
+def test_norm_ratio_and_cosine(x):
+    halved = measured(x, 0.5 * x)
+    assert halved["l2_ratio"] == pytest.approx(0.5) and halved["cosine"] == pytest.approx(1)
+    assert measured(x, -x)["cosine"] == pytest.approx(-1)
+
+
+def test_rows_without_variance_or_no_rows_say_nothing():
+    same = torch.ones(5, 3)
+    assert measured(same, same)["fvu"] != measured(same, same)["fvu"]
+    assert RowSums(torch.zeros(3)).metrics()["fvu"] != 0
+
+
+def test_terms_by_row_add_up_to_the_sums(x):
+    sums = RowSums(x.mean(0))
+    terms = sums.add(x, x + 1, (x > 4).double())
+    for name in ("squared_error", "squared_shifted", "active", "l2_ratio", "cosine"):
+        assert terms[name].shape == (1000,)
+        assert terms[name].sum().item() == pytest.approx(getattr(sums, name))

@@ -1,0 +1,224 @@
+"""A trial on a tiny store: rungs, resuming to the same bits, what it writes; and the table that is read from it."""
+
+import json
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from helpers import sparse_rows, tiny_store
+
+from raysae.artifacts import read_json, write_json
+from raysae.sae import formats
+from raysae.sae.architectures import SAEConfig
+from raysae.sae.train import Member, Recipe
+from raysae.sweep.collect import CURVES, FACTS, curves, training_table
+from raysae.sweep.trial import Trial, saelens_hook, train_pack
+
+D, SITE = 8, "blocks.0.resid_post"
+RECIPE = Recipe(steps=20, batch_size=16, warmup_steps=2, decay_steps=5, l1_warmup_steps=4, dead_after_tokens=64)
+RELU = Member("relu", SAEConfig("relu", D, 24, l1_coefficient=0.1, seed=1), 3e-3)
+TOPK = Member("topk", SAEConfig("topk", D, 40, k=3, seed=2), 3e-3)
+WILD = Member("wild", SAEConfig("relu", D, 24, l1_coefficient=0.1, seed=3), 1e25)
+METADATA = {"model_name": "toy", "context_size": 16}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    x = sparse_rows(150, D, seed=1)
+    shards = [("train", x[:70]), ("validation", sparse_rows(40, D, seed=2)), ("train", x[70:])]
+    return tiny_store(tmp_path_factory.mktemp("store"), shards).path
+
+
+@pytest.fixture
+def trial(store, tmp_path):
+    return Trial(store, RECIPE, rungs=4, stream_seed=5, root=tmp_path / "sweep", metadata=METADATA)
+
+
+def run(trial, members, drop=lambda rung: (), stop_after=None, resume=None, state=None):
+    """Train, keeping each rung and, after the rung at `stop_after` tokens, its state; then die."""
+    rungs = []
+
+    def report(rung):
+        rungs.append(rung)
+        if rung.tokens == stop_after:
+            rung.save(state)
+            raise KeyboardInterrupt
+        return drop(rung)
+
+    try:
+        train_pack(trial, SITE, members, report, resume)
+    except KeyboardInterrupt:
+        assert stop_after is not None
+    return rungs
+
+
+def weights(trial, sae_id):
+    return (trial.root / "saes" / sae_id / "sae_weights.safetensors").read_bytes()
+
+
+def history(trial, sae_id):
+    return [json.loads(line) for line in (trial.root / "history" / f"{sae_id}.jsonl").open()]
+
+
+def test_rungs_are_reported_at_equal_tokens_and_the_last_is_final(trial):
+    rungs = run(trial, [RELU, TOPK])
+    assert [r.tokens for r in rungs] == [80, 160, 240, 320]
+    assert [r.final for r in rungs] == [False, False, False, True]
+    for rung in rungs:
+        assert list(rung.metrics) == ["relu", "topk"]
+        for sae_id, found in rung.metrics.items():
+            assert found["sae_id"] == sae_id and found["tokens"] == rung.tokens and found["site"] == SITE
+            assert math.isfinite(found["fvu"]) and math.isfinite(found["loss"]) and not found["diverged"]
+    assert rungs[-1].metrics["topk"]["l0"] <= 3
+    assert rungs[-1].metrics["relu"]["fvu"] < rungs[0].metrics["relu"]["fvu"]
+
+
+def test_more_rungs_than_steps_are_as_many_as_steps(trial):
+    short = replace(trial, recipe=replace(RECIPE, steps=2), rungs=7)
+    assert [r.tokens for r in run(short, [RELU])] == [16, 32]
+
+
+@pytest.mark.parametrize("stop_after", [80, 240, 320])
+def test_a_resumed_trial_ends_with_the_same_bits(trial, tmp_path, stop_after):
+    run(trial, [RELU, TOPK])
+    killed = replace(trial, root=tmp_path / "killed")
+    run(killed, [RELU, TOPK], stop_after=stop_after, state=tmp_path / "state")
+    rungs = run(killed, [RELU, TOPK], resume=tmp_path / "state")
+    assert rungs[-1].final and rungs[0].tokens == min(stop_after + 80, 320)
+    for sae_id in ("relu", "topk"):
+        assert weights(killed, sae_id) == weights(trial, sae_id)
+        whole = [line | {"train_seconds": 0} for line in history(trial, sae_id)]
+        last = {line["tokens"]: line | {"train_seconds": 0} for line in history(killed, sae_id)}
+        assert json.dumps(list(last.values())) == json.dumps(whole)  # as text, in which NaN equals itself
+
+
+def test_seconds_add_up_over_a_resume(trial, tmp_path):
+    run(trial, [RELU], stop_after=160, state=tmp_path / "state")
+    write_json(tmp_path / "state/trial.json", {"train_seconds": 1000.0})
+    assert run(trial, [RELU], resume=tmp_path / "state")[-1].metrics["relu"]["train_seconds"] > 1000
+
+
+def test_a_member_is_the_same_in_a_pack_as_alone(trial, tmp_path):
+    run(trial, [RELU, TOPK])
+    alone = replace(trial, root=tmp_path / "alone")
+    run(alone, [TOPK])
+    assert weights(alone, "topk") == weights(trial, "topk")
+
+
+def test_a_dropped_member_leaves_no_sae_and_the_rest_go_on_undisturbed(trial, tmp_path):
+    rungs = run(trial, [RELU, TOPK], drop=lambda rung: ["relu"] if rung.tokens == 160 else [])
+    assert [list(r.metrics) for r in rungs] == [["relu", "topk"]] * 2 + [["topk"]] * 2
+    assert not (trial.root / "saes/relu").exists() and len(history(trial, "relu")) == 2
+    alone = replace(trial, root=tmp_path / "alone")
+    run(alone, [TOPK])
+    assert weights(alone, "topk") == weights(trial, "topk")
+
+
+def test_a_trial_ends_when_no_member_is_left(trial):
+    rungs = run(trial, [RELU, TOPK], drop=lambda rung: ["relu", "topk"])
+    assert len(rungs) == 1 and not (trial.root / "saes").exists()
+
+
+def test_the_saved_sae_is_the_one_that_was_measured_with_its_provenance(trial, store):
+    rungs = run(trial, [TOPK])
+    sae = formats.load(trial.root / "saes/topk")
+    from raysae.activations.store import Store
+
+    x = Store(store).head(SITE, "validation", 99)
+    f = sae.encode(x)
+    fvu = (x - sae.decode(f)).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
+    assert rungs[-1].metrics["topk"]["fvu"] == pytest.approx(fvu.item(), rel=1e-5)
+    assert rungs[-1].metrics["topk"]["l0"] == pytest.approx((f > 0).sum().item() / len(x))
+    assert sae.metadata["hook_name"] == "blocks.0.hook_resid_post" and sae.metadata["model_name"] == "toy"
+    cfg = read_json(trial.root / "saes/topk/cfg.json")
+    assert cfg["raysae"]["training"]["learning_rate"] == 3e-3 and cfg["raysae"]["training"]["steps"] == 20
+
+
+def test_a_diverged_member_is_reported_and_not_saved_even_after_a_resume(trial, tmp_path):
+    run(trial, [RELU, WILD], stop_after=320, state=tmp_path / "state")
+    for resume in (None, tmp_path / "state"):
+        rungs = run(replace(trial, root=tmp_path / f"again{resume is None}"), [RELU, WILD], resume=resume)
+        assert rungs[-1].metrics["wild"]["diverged"] and not rungs[-1].metrics["relu"]["diverged"]
+    assert (tmp_path / "againTrue/saes/relu").exists() and not list(tmp_path.glob("again*/saes/wild"))
+
+
+@pytest.mark.parametrize(
+    "site,hook",
+    [
+        ("embed", "hook_embed"),
+        ("blocks.3.resid_pre", "blocks.3.hook_resid_pre"),
+        ("blocks.3.resid_post", "blocks.3.hook_resid_post"),
+        ("blocks.3.attn_out", "blocks.3.hook_attn_out"),
+        ("blocks.3.mlp_out", "blocks.3.hook_mlp_out"),
+        ("blocks.3.mlp_hidden", "blocks.3.mlp.hook_post"),
+        ("final_norm", "ln_final.hook_normalized"),
+    ],
+)
+def test_sites_have_their_transformer_lens_names(site, hook):
+    assert saelens_hook(site) == hook
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_the_table_says_what_became_of_each_sae(trial):
+    lost = Member("lost", SAEConfig("topk", D, 40, k=2), 1e-3)
+    pruned = Member("pruned", SAEConfig("relu", D, 24, l1_coefficient=0.2), 1e-3)
+    run(trial, [RELU, WILD, pruned], drop=lambda rung: ["pruned"] if rung.tokens == 160 else [])
+    run(trial, [lost], stop_after=80, state=trial.root / "state")
+    (trial.root / "pruned").mkdir()
+    for sae_id in ("pruned", "wild"):
+        write_json(trial.root / f"pruned/{sae_id}.json", {"reason": "dominated by relu"})
+    common = {"d_in": D, "seed": 0, "site": SITE}
+    errors = {
+        "lost": {**common, "architecture": "topk", "d_sae": 40, "k": 2, "message": "out of memory"},
+        "never": {**common, "architecture": "relu", "d_sae": 24, "l1_coefficient": 0.3, "message": "no GPU"},
+    }
+    table = training_table(trial.root, errors, unique_tokens=100, dead_window=64).set_index("sae_id")
+    assert table["status"].to_dict() == {
+        "lost": "error", "never": "error", "pruned": "pruned", "relu": "completed", "wild": "diverged"
+    }  # fmt: skip
+    assert table["status_reason"].to_dict() == {
+        "lost": "out of memory", "never": "no GPU", "pruned": "dominated by relu", "relu": "",
+        "wild": "its loss is no longer finite",
+    }  # fmt: skip
+    assert [*table.reset_index().columns] == FACTS
+    assert table.loc["relu", ["tokens", "unique_tokens", "dead_window_tokens", "d_sae"]].tolist() == [320, 100, 64, 24]
+    assert table["tokens"].drop("never").to_dict() == {"lost": 80, "pruned": 160, "relu": 320, "wild": 320}
+    assert table.loc["lost", "unique_tokens"] == 80
+    assert table.loc["never", "d_sae"] == 24 and table.loc["relu", "expansion_factor"] == 3
+    assert pd.isna(table.loc["relu", "k"]) and table.loc["lost", "k"] == 2
+
+
+def test_a_sweep_whose_every_trial_failed_at_once_still_has_a_table(tmp_path):
+    errors = {"a": {"architecture": "relu", "d_in": D, "d_sae": 24, "seed": 0, "site": SITE, "message": "no GPU"}}
+    table = training_table(tmp_path, errors, 100, 64)
+    assert table["status"].tolist() == ["error"] and table["status_reason"].tolist() == ["no GPU"]
+
+
+def test_curves_keep_the_last_writing_of_a_rung(trial, tmp_path):
+    run(trial, [RELU], stop_after=160, state=tmp_path / "state")
+    run(trial, [RELU, TOPK])
+    found = curves(trial.root)
+    assert set(CURVES) <= set(found.columns)
+    rungs = [80, 160, 240, 320]
+    assert found.groupby("sae_id")["tokens"].apply(list).to_dict() == {"relu": rungs, "topk": rungs}
+    assert len(history(trial, "relu")) == 6
+    with (trial.root / "history/relu.jsonl").open("a") as file:
+        file.write(json.dumps(history(trial, "relu")[0] | {"fvu": 0.123}) + "\n")
+    found = curves(trial.root).set_index(["sae_id", "tokens"])["fvu"]
+    assert found["relu", 80] == 0.123 and len(found) == 8
+
+
+def test_the_stream_depends_on_its_seed(trial, tmp_path):
+    run(trial, [TOPK])
+    others = {weights(trial, "topk")}
+    for seed in range(4):
+        other = replace(trial, root=tmp_path / str(seed), stream_seed=seed)
+        run(other, [TOPK])
+        others.add(weights(other, "topk"))
+    assert len(others) > 1
+    assert torch.is_grad_enabled()

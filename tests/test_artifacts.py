@@ -1,0 +1,179 @@
+"""Stages: found finished, resumed, never half there; one driver at a time."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from raysae import artifacts
+from raysae.artifacts import (
+    canonical,
+    fingerprint,
+    link_or_copy,
+    read_json,
+    sha256_of,
+    size_of,
+    stage,
+    write_atomic,
+    write_json,
+)
+
+
+def test_a_finished_stage_is_not_built_again(tmp_path):
+    built = []
+
+    def build(path):
+        built.append(path)
+        (path / "data").write_bytes(b"12345")
+        return {"rows": 5, "cost": {"tokens": 7}}
+
+    one = stage(tmp_path, "store", {"a": 1}, build)
+    two = stage(tmp_path, "store", {"a": 1}, build)
+    assert len(built) == 1 and (one.reused, two.reused) == (False, True)
+    assert one.path == two.path and one.path.parent == tmp_path / "stages" and one.path.name.startswith("store-")
+    assert one.manifest == two.manifest == read_json(one.path / "manifest.json")
+    assert one.manifest["inputs"] == {"a": 1} and one.manifest["rows"] == 5 and one.manifest["stage"] == "store"
+    cost = one.manifest["cost"]
+    assert cost["tokens"] == 7 and cost["bytes"] == 5 and cost["seconds"] >= 0
+
+
+def test_other_inputs_are_another_directory_and_order_is_not_an_input(tmp_path):
+    def made(name="s", **inputs):
+        return stage(tmp_path, name, inputs, lambda path: {}).path
+
+    assert made(a=1, b={"x": 1, "y": 2}) == made(b={"y": 2, "x": 1}, a=1)
+    assert len({made(a=1, b=2), made(a=2, b=2), made(a=1), made("t", a=1), made(a="1"), made(a=[1])}) == 6
+
+
+def test_a_crash_leaves_no_manifest_and_the_next_run_resumes_what_is_there(tmp_path):
+    def crash(path):
+        (path / "part").write_text("done")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        stage(tmp_path, "s", {}, crash)
+    (directory,) = (tmp_path / "stages").glob("s-*")
+    assert not (directory / "manifest.json").exists()
+
+    def resume(path):
+        assert (path / "part").read_text() == "done"
+        assert not (path / "manifest.json").exists(), "the manifest comes last"
+        return {}
+
+    assert stage(tmp_path, "s", {}, resume) == artifacts.Stage(directory, read_json(directory / "manifest.json"), False)
+
+
+def test_a_crash_while_the_manifest_is_written_leaves_none(tmp_path, monkeypatch):
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError):
+        stage(tmp_path, "s", {}, lambda path: {})
+    monkeypatch.undo()
+    assert not list((tmp_path / "stages").rglob("manifest.json"))
+    assert not [p for p in (tmp_path / "stages").rglob("*.tmp")]
+    assert not stage(tmp_path, "s", {}, lambda path: {}).reused
+
+
+def test_a_second_driver_waits_for_the_first_and_takes_its_work(tmp_path):
+    started, said, found = threading.Event(), [], []
+
+    def slow(path):
+        started.set()
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:  # until the other has said that it waits
+            time.sleep(0.005)
+        return {"by": "first"}
+
+    def second():
+        assert started.wait(10)
+        found.append(stage(tmp_path, "s", {}, lambda path: {"by": "second"}, said.append))
+
+    other = threading.Thread(target=second)
+    other.start()
+    first = stage(tmp_path, "s", {}, slow)
+    other.join(10)
+    assert first.manifest["by"] == found[0].manifest["by"] == "first" and found[0].reused
+    assert len(said) == 1 and "another driver" in said[0]
+
+
+def test_a_mistake_found_before_anything_was_made_leaves_nothing_and_does_not_trip_who_waits(tmp_path):
+    started, said, found = threading.Event(), [], []
+
+    def mistake(path):
+        started.set()
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.005)
+        raise ValueError("a wrong file")
+
+    def second():
+        assert started.wait(10)
+        found.append(stage(tmp_path, "s", {}, lambda path: {"made": (path / "f").write_text("x")}, said.append))
+
+    other = threading.Thread(target=second)
+    other.start()
+    with pytest.raises(ValueError, match="a wrong file"):
+        stage(tmp_path, "s", {}, mistake)
+    other.join(10)
+    assert found and not found[0].reused and found[0].manifest["made"] == 1
+    with pytest.raises(ZeroDivisionError):
+        stage(tmp_path, "t", {}, lambda path: 1 / 0)
+    assert not list((tmp_path / "stages").glob("t-*"))
+
+
+def test_the_lock_is_free_after_a_crash(tmp_path):
+    with pytest.raises(RuntimeError):
+        stage(tmp_path, "s", {}, lambda path: (_ for _ in ()).throw(RuntimeError))
+    waits = []
+    stage(tmp_path, "s", {}, lambda path: {}, waits.append)
+    assert not waits
+
+
+def test_fingerprints_do_not_depend_on_order_process_or_container():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": (1, 2), "a": 1}) == "626fe1ec4609"
+    assert canonical({"b": Path("x"), "a": None}) == '{"a":null,"b":"x"}'
+
+
+def test_write_atomic_is_all_or_nothing(tmp_path):
+    file = tmp_path / "f"
+    file.write_text("old")
+
+    def half(path):
+        path.write_text("ne")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_atomic(file, half)
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+    write_json(file, {"x": float("nan"), "p": Path("y")})
+    assert read_json(file)["p"] == "y" and read_json(file)["x"] != read_json(file)["x"]
+
+
+def test_link_or_copy_replaces_and_leaves_the_source(tmp_path):
+    (tmp_path / "a/sub").mkdir(parents=True)
+    (tmp_path / "a/sub/f").write_text("new")
+    (tmp_path / "b/sub").mkdir(parents=True)
+    (tmp_path / "b/sub/f").write_text("old")
+    link_or_copy(tmp_path / "a", tmp_path / "b")
+    link_or_copy(tmp_path / "a/sub/f", tmp_path / "deep/er/f")
+    assert (tmp_path / "b/sub/f").read_text() == (tmp_path / "deep/er/f").read_text() == "new"
+    (tmp_path / "b/sub/f").unlink()
+    assert (tmp_path / "a/sub/f").read_text() == "new"
+
+
+def test_size_counts_files_once_and_no_links(tmp_path):
+    (tmp_path / "f").write_bytes(b"123")
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    assert size_of(tmp_path) == 3
+
+
+def test_sha256_is_the_standard_one(tmp_path):
+    (tmp_path / "f").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of(tmp_path / "f") == expected
+    with (tmp_path / "f").open("rb") as file:
+        assert artifacts._sha256(file) == expected  # for Python 3.10

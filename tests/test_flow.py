@@ -1,0 +1,269 @@
+"""The whole flow at a small size: its files, its second run, its Python face, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small import sae_hashes, small_job, small_values, stage_of, write_config
+
+import raysae
+from raysae.activations.store import Store
+from raysae.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def run(ray_cluster, arithmetic_model, output) -> raysae.Run:
+    return raysae.sweep(small_job(arithmetic_model, output))
+
+
+def job(*arguments: str, script: str = "sweep_sae.py", cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / script), *arguments],
+        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_run_holds_what_the_contract_says(run):
+    names = (
+        "config.yaml",
+        "table.parquet",
+        "table.csv",
+        "decision.json",
+        "ledger.json",
+        "report.html",
+        "curves.parquet",
+    )
+    assert [name for name in names if not (run.path / name).is_file()] == []
+    assert (run.path / "tune").is_dir() and run.figures
+    assert set(run.table["status"]) == {"completed"} and len(run.table) == 4
+    assert set(run.saes) == set(run.table["sae_id"])
+    assert run.table["tokens"].nunique() == 1
+    for metric in ("fvu", "l0", "ce_loss_recovered"):
+        low, value, high = (run.table[f"{metric}{end}"] for end in ("_low", "", "_high"))
+        assert ((low <= value + 1e-9) & (value <= high + 1e-9)).all()
+    assert (run.table.query("architecture == 'topk'")["l0"] <= 4).all()
+    assert run.ledger["total"]["tokens"] > 0
+    assert len(run.curves) == 4 * 4
+
+
+def test_the_store_holds_each_kept_token_once(run, output):
+    store = Store(stage_of(output, "store"))
+    store.verify()
+    tokens = json.loads((stage_of(output, "tokens") / "manifest.json").read_text())
+    tables = [store.row_columns(s.name, ("example_id", "position", "split")).to_pandas() for s in store.shards]
+    rows = pd.concat(tables)
+    assert len(rows) == sum(tokens["rows"].values())
+    assert not rows.duplicated(["example_id", "position"]).any()
+    assert (rows.groupby("example_id", observed=True)["split"].nunique() == 1).all()
+
+
+def test_the_table_says_what_a_plain_computation_says(run, output):
+    store = Store(stage_of(output, "store"))
+    site = store.sites[0]
+    x = store.head(site, "validation", 10**9).double()
+    for row in run.table.to_dict("records"):
+        sae = run.sae(row["sae_id"])
+        f = sae.encode(x.float())
+        error = (x - sae.decode(f).double()).square().sum()
+        fvu = (error / (x - x.mean(0)).square().sum()).item()
+        assert row["fvu"] == pytest.approx(fvu, rel=1e-9)
+        assert row["l0"] == pytest.approx((f != 0).sum(1).double().mean().item(), rel=1e-9)
+
+
+def test_the_chosen_or_any_sae_means_the_same_to_saelens(run, output):
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.evals import ExplainedVarianceCalculator
+
+    store = Store(stage_of(output, "store"))
+    x = store.head(store.sites[0], "validation", 10**9).float()
+    for row in run.table.to_dict("records"):
+        theirs = sae_lens.SAE.load_from_disk(str(run.path / "saes" / row["sae_id"]))
+        f = theirs.encode(x)
+        x_hat = theirs.decode(f)
+        assert torch.allclose(x_hat, run.sae(row["sae_id"])(x), atol=1e-5)
+        calculator = ExplainedVarianceCalculator()
+        for rows in zip(x_hat.split(100), x.split(100), strict=True):
+            calculator.add_batch(*rows)
+        assert calculator.compute() == pytest.approx(row["explained_variance"], abs=5e-4)
+        assert (f != 0).sum(1).double().mean().item() == pytest.approx(row["l0"], abs=5e-4)
+
+
+def test_the_decision_explains_every_sae(run):
+    decision = run.decision
+    assert set(decision["rejected"]) | {decision["chosen"]} >= set(run.table["sae_id"])
+    assert all(reasons for reasons in decision["rejected"].values())
+    assert len(decision["controls"]) == 2
+    assert not any(control["passes_gate"] for control in decision["controls"].values())
+    assert (decision["test"] is None) == (decision["chosen"] is None)
+
+
+def test_a_second_run_redoes_nothing(run, arithmetic_model, output):
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    # A process of its own, without a cluster to join: had a stage work to do, it would have to start one.
+    again = job("--config", str(write_config(output.parent / "again.yaml", small_values(arithmetic_model, output))))
+    assert again.returncode == 0, again.stderr
+    assert "Ray:" not in again.stdout
+    after = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and ".locks" not in p.parts}
+    assert after == before
+
+
+def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, output, tmp_path):
+    gate = tmp_path / "strict.yaml"
+    gate.write_text(
+        "name: strict\ncriteria: [{criterion: c, metric: fvu, op: <=, threshold: 1.0e-9, why: nothing passes}]\n"
+    )
+    strict = raysae.sweep(small_job(arithmetic_model, output, gate=str(gate)))
+    assert strict.path != run.path and sae_hashes(strict.path) == sae_hashes(run.path)
+    assert strict.decision["verdict"] == "no-go" and strict.decision["closest"] in run.saes
+    assert job(str(strict.path), script="gate.py").returncode == 3
+    config = write_config(tmp_path / "c.yaml", small_values(arithmetic_model, output, gate=str(gate)))
+    assert job("--config", str(config)).returncode == 0
+    assert job("--config", str(config), "--require_go", "true").returncode == 3
+
+
+def test_optuna_samples_each_width_equally_often(run, arithmetic_model, output):
+    sweep = {
+        "search": "optuna",
+        "samples": 2,
+        "architectures": ["topk"],
+        "expansion_factors": [2, 4],
+        "k_range": [2, 16],
+    }
+    found = raysae.sweep(small_job(arithmetic_model, output, sweep=sweep, training={"tokens": 10_000, "rungs": 2}))
+    assert sorted(found.table["expansion_factor"]) == [2, 2, 4, 4]
+    assert found.table["k"].between(2, 16).all()
+
+
+def test_packs_give_the_same_saes_as_singles(run, arithmetic_model, output, tmp_path):
+    pack = raysae.sweep(small_job(arithmetic_model, tmp_path / "packed", sweep={"pack_size": 4}))
+    assert sae_hashes(pack.path) == sae_hashes(run.path)
+
+
+def test_trackers_get_each_sae_and_no_secret_reaches_the_run(ray_cluster, arithmetic_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 39 + "7")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep = {"architectures": ["topk"], "expansion_factors": [2]}
+    changes = {"sweep": sweep, "training": {"tokens": 5_000, "rungs": 2}, "tracking": {"wandb_project": "test"}}
+    run = raysae.sweep(small_job(arithmetic_model, tmp_path, **changes))
+    assert len(list(tmp_path.glob("stages/sweep-*/wandb/offline-run-*"))) == len(run.saes) == 1
+    assert len(list((run.path / "tune").glob("*/events.out.tfevents.*"))) == 1
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"k" * 39 + b"7" not in file.read_bytes(), file
+
+
+def test_several_sites_come_from_one_capture(ray_cluster, arithmetic_model, tmp_path):
+    sites = ["blocks.0.mlp_hidden", "blocks.1.resid_post"]
+    sweep = {"architectures": ["topk"], "expansion_factors": [2]}
+    two = raysae.sweep(
+        small_job(arithmetic_model, tmp_path, capture={"sites": sites}, sweep=sweep, training={"tokens": 5_000})
+    )
+    assert sorted(two.table["site"]) == sites
+    assert sorted(two.table["d_in"]) == [32, 128]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes: one clear line, nothing half-written
+
+
+def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "q", "answer": "a\\n#### 1"}\n{"question": 3}\n')
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text('{"model_type": "gpt2"}')
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    return {
+        "missing file": ({"data": {"source": "gsm8k", "path": str(tmp_path / "none.jsonl")}}, "none.jsonl"),
+        "malformed row": ({"data": {"source": "gsm8k", "path": str(bad)}}, "bad.jsonl:2"),
+        "empty": ({"data": {"source": "text", "path": str(empty)}}, "empty.txt"),
+        "unknown site": ({"capture": {"sites": ["blocks.9.resid_post"]}}, "capture.sites"),
+        "context": ({"data": {"context_length": 4096}}, "data.context_length"),
+        "pickle": ({"model": {"name": str(pickled)}}, "pickle"),
+        "gpus": ({"cluster": {"num_gpus": 99}}, "cluster.num_gpus"),
+        "expansion": ({"sweep": {"expansion_factors": [-4]}}, "sweep.expansion_factors"),
+        "l1": ({"sweep": {"l1_coefficients": [0]}}, "sweep.l1_coefficients"),
+        "batch": ({"training": {"batch_size": 0}}, "training.batch_size"),
+        "gate": ({"gate": str(tmp_path / "no.yaml")}, "gate"),
+    }
+
+
+@pytest.mark.parametrize("name", [
+    "missing file", "malformed row", "empty", "unknown site", "context", "pickle", "gpus", "expansion", "l1", "batch",
+    "gate",
+])  # fmt: skip
+def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
+    changes, named = mistakes(tmp_path)[name]
+    output = tmp_path / "results"
+    with pytest.raises(UserError) as caught:
+        raysae.sweep(raysae.config.validate(raysae.SweepJob, small_values(arithmetic_model, output, **changes)))
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(output.glob("*/config.yaml"))
+    if name != "gpus":  # which is known once the cluster is there
+        assert [path for path in output.glob("stages/*") if path.name != ".locks"] == []
+
+
+def test_a_mistake_exits_with_2_and_prints_one_line(tmp_path):
+    wrong = job("--training.tokens", "0", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip() == "error: training.tokens: '0' is not allowed; input should be greater than 0"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_output_in_a_jobs_folder_is_refused(tmp_path):
+    folder = tmp_path / "_ray_pkg_0123"
+    folder.mkdir()
+    wrong = job("--gate", str(ROOT / "configs/gates/default.yaml"), cwd=folder)
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: output:")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_of_another_config_is_refused(run, arithmetic_model, output):
+    name = run.path.name
+    with pytest.raises(UserError, match="belongs to another config"):
+        raysae.sweep(small_job(arithmetic_model, output, run=name, training={"tokens": 80_000}))
+
+
+def test_non_finite_activations_are_refused(ray_cluster, arithmetic_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in arithmetic_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["transformer.h.0.mlp.c_proj.bias"][3] = float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "results"
+    with pytest.raises(UserError, match="max_non_finite_fraction"):
+        raysae.sweep(small_job(broken, output))
+    assert not list(output.glob("stages/store-*/manifest.json"))
+
+
+def test_a_damaged_store_is_refused(ray_cluster, run, arithmetic_model, output, tmp_path):
+    import shutil
+
+    copy = tmp_path / "results"
+    shutil.copytree(output, copy, symlinks=True)
+    shard = next((stage_of(copy, "store") / "blocks.1.resid_post").glob("train-*.safetensors"))
+    content = np.fromfile(shard, dtype=np.uint8)
+    content[-1] ^= 1
+    content.tofile(shard)
+    with pytest.raises(UserError, match="does not match its sha256"):
+        raysae.sweep(small_job(arithmetic_model, copy, training={"tokens": 20_000}))
