@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: threads that wait for work sleep instead of spinning, so that a model that shares its cores
+# with trials or with the tasks that read does not slow them (and itself) several-fold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from raysae.config import ClusterConfig
@@ -103,7 +107,11 @@ def device() -> torch.device:
 
 
 def connect(config: ClusterConfig) -> Cluster:
-    """Join the cluster that the config, the job or RAY_ADDRESS names, else start a local one on 127.0.0.1."""
+    """Join the cluster that the config, the job or RAY_ADDRESS names, else start a local one.
+
+    A local cluster's dashboard listens on 127.0.0.1 only; its other ports, which Ray binds to every interface, ask for
+    Ray's token (RAY_AUTH_MODE=token).
+    """
     import ray
 
     started = False
@@ -121,7 +129,7 @@ def connect(config: ClusterConfig) -> Cluster:
                 num_cpus=config.num_cpus,
                 num_gpus=config.num_gpus,
                 include_dashboard=config.dashboard,
-                _node_ip_address="127.0.0.1",
+                dashboard_host="127.0.0.1",
                 **options,
             )
             started = True

@@ -122,7 +122,7 @@ class PruneConfig(Section):
     grace_fraction: Fraction = 0.5
     """Share of the training tokens before which nothing is judged (never less than the sparsity warm-up)."""
     margin: Fraction = 0.1
-    """How much better, relatively, another SAE no wider must be in both L0 and FVU to dominate."""
+    """How much better, relatively, another SAE of its architecture and width must be in both L0 and FVU to dominate."""
 
 
 class SweepConfig(Section):
@@ -193,7 +193,7 @@ class EvaluationConfig(Section):
 
 class ClusterConfig(Section):
     address: str | None = None
-    """Ray address to join; unset: the job's or RAY_ADDRESS, else a local cluster on 127.0.0.1."""
+    """Ray address to join; unset: the job's or RAY_ADDRESS, else a cluster of this machine."""
     num_cpus: PositiveInt | None = None
     """CPUs of a local cluster; all of the machine's if unset."""
     num_gpus: Annotated[int, Field(ge=0)] | None = None

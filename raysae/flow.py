@@ -27,7 +27,7 @@ from raysae.data.tokens import tokenize
 from raysae.errors import UserError
 from raysae.gates.criteria import Gate, load_gate
 from raysae.gates.select import choose, decide, pareto_front
-from raysae.models.embedded import N_POSITIONS, train_embedded
+from raysae.models.embedded import N_BLOCKS, N_POSITIONS, train_embedded
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
@@ -82,6 +82,7 @@ class Flow:
             self._tokenizer(self.config.model.name)
         else:
             self._context_length(N_POSITIONS)
+            order_sites(self.config.capture.sites or (), N_BLOCKS)
         say(f"run {self.directory}")
         records = self.records()
         model = self.model()

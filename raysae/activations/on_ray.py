@@ -71,9 +71,7 @@ def map_blocks(
     context.max_errored_blocks = 0
     names = {str((tokens / block["file"]).resolve()): block["name"] for block in blocks}
     pool = (
-        ray.data.read_binary_files(
-            sorted(names), include_paths=True, override_num_blocks=len(names), ray_remote_args={"num_cpus": 0.1}
-        )
+        ray.data.read_binary_files(sorted(names), include_paths=True, override_num_blocks=len(names), num_cpus=0.1)
         .map(lambda row: {"bytes": row["bytes"], "name": names[str(Path(row["path"]).resolve())]}, num_cpus=0.1)
         .map_batches(
             HostActor,

@@ -27,6 +27,7 @@ from raysae.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
+N_BLOCKS = 4
 N_POSITIONS = 160
 """Longest sequence of the model, in tokens; problems have 85 on average and fewer than 128."""
 MAX_ANSWER_TOKENS = 80
@@ -50,7 +51,7 @@ def train_embedded(
     progress: Progress | None = None,
     *,
     d_model: int = 64,
-    n_layers: int = 4,
+    n_layers: int = N_BLOCKS,
     n_heads: int = 4,
     steps: int = 1400,
     batch_size: int = 20,

@@ -38,22 +38,23 @@ class RowSums:
         x64, x_hat64 = x.double(), x_hat.double()
         centred = x64 - self.shift.to(x.device)
         norm, norm_hat = x64.norm(dim=1), x_hat64.norm(dim=1)
-        on = f != 0
+        on = (f != 0).view(torch.uint8)  # sums of bytes into int32 are many times faster than of bool into int64
+        active = on.sum(1, dtype=torch.int32)
         terms = {
             "squared_error": (x64 - x_hat64).square().sum(1),
             "squared_shifted": centred.square().sum(1),
-            "active": on.sum(1).double(),
+            "active": active.double(),
             "l2_ratio": norm_hat / norm.clamp_min(1e-12),
             "cosine": (x64 * x_hat64).sum(1) / (norm * norm_hat).clamp_min(1e-12),
         }
         self.rows += x.shape[0]
         self.squared_error += terms["squared_error"].sum().item()
         self.squared_shifted += terms["squared_shifted"].sum().item()
-        self.active += int(on.sum())
+        self.active += int(active.sum())
         self.l2_ratio += terms["l2_ratio"].sum().item()
         self.cosine += terms["cosine"].sum().item()
         self.shifted += centred.sum(0).cpu()
-        firings = on.sum(0).cpu()
+        firings = on.sum(0, dtype=torch.int32).long().cpu()
         self.firings = firings if self.firings is None else self.firings + firings
         return terms
 

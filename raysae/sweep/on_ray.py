@@ -32,6 +32,9 @@ from raysae.sweep.prune import Standing, reason_to_stop
 from raysae.sweep.space import COEFFICIENT, Proposal, members
 from raysae.sweep.trial import Rung, Trial, train_pack
 
+REPEATS = 50
+"""How often Optuna is asked anew when it proposes an SAE that is there already (k is an integer, so it does)."""
+
 
 class PackSearch(Searcher):
     """Hands out packs of members. Coefficients that the plan leaves open come from Optuna, one study per site and
@@ -57,6 +60,7 @@ class PackSearch(Searcher):
         self.open: dict[int, tuple[tuple[str, str], optuna.trial.Trial]] = {}
         self.outcomes: dict[int, list[tuple[float, float] | None]] = defaultdict(list)
         self.packs: dict[str, list[tuple[int, str]]] = {}
+        self.proposed: set[tuple[str, str, float, float]] = set()
 
     @property
     def total_packs(self) -> int:
@@ -98,15 +102,23 @@ class PackSearch(Searcher):
             self.studies[key] = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         study = self.studies[key]
         expansions = sorted({p.expansion_factor for p in self.plan})
-        study.enqueue_trial({"expansion_factor": proposal.expansion_factor})  # fixed: every width equally often
-        trial = study.ask()
-        trial.suggest_categorical("expansion_factor", expansions)
-        name = COEFFICIENT[proposal.architecture]
-        low, high = self.ranges[proposal.architecture]
+        for _ in range(REPEATS):
+            study.enqueue_trial({"expansion_factor": proposal.expansion_factor})  # fixed: every width equally often
+            trial = study.ask()
+            trial.suggest_categorical("expansion_factor", expansions)
+            name = COEFFICIENT[proposal.architecture]
+            low, high = self.ranges[proposal.architecture]
+            value: float = (
+                trial.suggest_int(name, int(low), int(high), log=True)
+                if name == "k"
+                else trial.suggest_float(name, low, high, log=True)
+            )
+            if (*key, proposal.expansion_factor, value) not in self.proposed:
+                break
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the same SAE again: ask for another
+        self.proposed.add((*key, proposal.expansion_factor, value))
         self.open[proposal.index] = (key, trial)
-        if name == "k":
-            return trial.suggest_int(name, int(low), int(high), log=True)
-        return trial.suggest_float(name, low, high, log=True)
+        return value
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         for index, sae_id in self.packs.pop(trial_id, []):
