@@ -271,7 +271,7 @@ def load_config(job: type[Job], argv: list[str] | None = None, config: str | Pat
     )
     parser.fields = frozenset(name for action in parser._actions for name in action.option_strings)
     arguments = parser.parse_args(argv)
-    values = _read_yaml(arguments.config) if arguments.config else {}
+    values = read_yaml("config", arguments.config) if arguments.config else {}
     config_path = vars(arguments).pop("config")
     overrides = source(parsed_args=vars(arguments))()
     return validate(job, _merge(values, overrides), where=str(config_path) if config_path else None)
@@ -319,15 +319,16 @@ def _closest(name: str, fields: Iterable[str]) -> str:
     return f"did you mean {close[0].lstrip('-')}? --help lists all fields" if close else "--help lists all fields"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(field: str, path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or one line that names the `field` and the file."""
     if not path.is_file():
-        raise UserError(f"config: {path} is not a file")
+        raise UserError(f"{field}: {path} is not a file")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{field}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"config: {path} must hold a mapping of fields, got {type(values).__name__}")
+        raise UserError(f"{field}: {path} must hold a mapping of fields, got {type(values).__name__}")
     return values
 
 

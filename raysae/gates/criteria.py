@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
-from raysae.config import Section, validate
-from raysae.errors import UserError
+from raysae.config import Section, read_yaml, validate
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 METRICS = (
@@ -85,15 +83,7 @@ class Verdict:
 
 def load_gate(path: Path) -> Gate:
     """The gate in a YAML file, or one line that names the file and the field."""
-    if not path.is_file():
-        raise UserError(f"gate: {path} is not a file; configs/gates/ holds examples")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"gate: {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"gate: {path} must hold name and criteria")
-    return validate(Gate, values, where=str(path))
+    return validate(Gate, read_yaml("gate", path), where=str(path))
 
 
 def apply(gate: Gate, metrics: Mapping[str, Any]) -> list[Verdict]:

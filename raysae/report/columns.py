@@ -48,7 +48,9 @@ COLUMNS = (
     Column("site", "Site", "text", "place in the model whose activations were reconstructed"),
     Column("seed", "Seed", "text", "seed of the initialisation"),
     Column("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),
-    Column("ce_recovered_mean", "CE recovered by mean", "ratio", "the same score for the mean activation: the floor"),
+    Column(
+        "ce_recovered_mean", "CE recovered, of mean", "ratio", "the same score against mean ablation, a harder baseline"
+    ),
     Column("ce_clean", "CE clean, nats", "nats", "cross-entropy of the untouched model"),
     Column("ce_spliced", "CE spliced, nats", "nats", "cross-entropy with x replaced by x̂"),
     Column("ce_mean", "CE mean, nats", "nats", "cross-entropy with x replaced by its mean"),

@@ -81,13 +81,7 @@ class ReLU:
         g_W_dec = f.T @ g_out
         g_W_dec += (coefficient / rows * sums / norms.clamp_min(1e-12)).unsqueeze(1) * p["W_dec"]
         g_pre = torch.addmm(norms * (coefficient / rows), g_out, p["W_dec"].T).mul_(on)
-        g_b_enc = g_pre.sum(0)
-        gradients = {
-            "W_enc": centred.T @ g_pre,
-            "b_enc": g_b_enc,
-            "W_dec": g_W_dec,
-            "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,
-        }
+        gradients = _gradients(p, centred, g_out, g_W_dec, g_pre)
         return Step(gradients, error.square().sum(), (sums * norms).sum() / rows, _any_row(on))
 
 
@@ -120,13 +114,7 @@ class TopK:
         g_pre = (g_out @ p["W_dec"].T).mul_(on)
         if dead is not None and bool(dead.any()):
             cls._add_aux_gradients(p, pre, error, x, dead, g_W_dec, g_pre)
-        g_b_enc = g_pre.sum(0)
-        gradients = {
-            "W_enc": centred.T @ g_pre,
-            "b_enc": g_b_enc,
-            "W_dec": g_W_dec,
-            "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,
-        }
+        gradients = _gradients(p, centred, g_out, g_W_dec, g_pre)
         return Step(gradients, error.square().sum(), torch.zeros((), device=x.device), _any_row(on))
 
     @classmethod
@@ -144,6 +132,13 @@ class TopK:
 
 
 ARCHITECTURES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}
+
+
+def _gradients(p: Parameters, centred: Tensor, g_out: Tensor, g_W_dec: Tensor, g_pre: Tensor) -> Parameters:
+    """All gradients from those at the output [rows, d_in], W_dec and the pre-activations [rows, d_sae]."""
+    g_b_enc = g_pre.sum(0)
+    g_b_dec = g_out.sum(0) - p["W_enc"] @ g_b_enc  # b_dec is added to the output and taken from the input
+    return {"W_enc": centred.T @ g_pre, "b_enc": g_b_enc, "W_dec": g_W_dec, "b_dec": g_b_dec}
 
 
 def _any_row(on: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from raysae.artifacts import read_json
 
 FACTS = [
     "sae_id", "site", "architecture", "d_in", "d_sae", "expansion_factor", "l1_coefficient", "k", "seed",
-    "peak_learning_rate", "status", "status_reason", "tokens", "unique_tokens", "loss", "dead_fraction",
+    "learning_rate", "status", "status_reason", "tokens", "unique_tokens", "loss", "dead_fraction",
     "dead_window_tokens", "train_seconds",
 ]  # fmt: skip
 CURVES = ["sae_id", "tokens", "fvu", "l0", "loss", "dead_fraction", "learning_rate"]
@@ -47,7 +47,8 @@ def training_table(
             status, reason = "completed", ""
         elif pruned.exists():
             status, reason = "pruned", read_json(pruned)["reason"]
-        rows.append(facts | {"sae_id": sae_id, "status": status, "status_reason": reason})
+        peak = facts["peak_learning_rate"]  # the last rung's own rate has decayed
+        rows.append(facts | {"sae_id": sae_id, "learning_rate": peak, "status": status, "status_reason": reason})
     known = {row["sae_id"] for row in rows}
     for sae_id, facts in errors.items():
         if sae_id not in known:

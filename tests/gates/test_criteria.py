@@ -113,8 +113,8 @@ def written(tmp_path, text=None, **changes):
         ({"why": None}, ("criteria.0.why", "required")),
         ({"text": "name: toy\ncriteria: []\n"}, ("criteria", "at least 1")),
         ({"text": "name: toy\n"}, ("criteria", "required")),
-        ({"text": "- 1\n"}, ("must hold name and criteria",)),
-        ({"text": ""}, ("must hold name and criteria",)),
+        ({"text": "- 1\n"}, ("must hold a mapping of fields",)),
+        ({"text": ""}, ("must hold a mapping of fields",)),
         ({"text": "name: [\n"}, ("is not YAML",)),
     ],
 )
