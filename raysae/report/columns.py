@@ -49,7 +49,7 @@ COLUMNS = (
     Column("seed", "Seed", "text", "seed of the initialisation"),
     Column("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),
     Column(
-        "ce_recovered_mean", "CE recovered, of mean", "ratio", "the same score against mean ablation, a harder baseline"
+        "ce_recovered_mean", "CE recovered, of mean", "ratio", "the same score against mean ablation, which is harder"
     ),
     Column("ce_clean", "CE clean, nats", "nats", "cross-entropy of the untouched model"),
     Column("ce_spliced", "CE spliced, nats", "nats", "cross-entropy with x replaced by x̂"),
