@@ -32,9 +32,6 @@ from raysae.sweep.prune import Standing, reason_to_stop
 from raysae.sweep.space import COEFFICIENT, Proposal, members
 from raysae.sweep.trial import Rung, Trial, train_pack
 
-REPEATS = 50
-"""How often Optuna is asked anew when it proposes an SAE that is there already (k is an integer, so it does)."""
-
 
 class PackSearch(Searcher):
     """Hands out packs of members. Coefficients that the plan leaves open come from Optuna, one study per site and
@@ -60,7 +57,7 @@ class PackSearch(Searcher):
         self.open: dict[int, tuple[tuple[str, str], optuna.trial.Trial]] = {}
         self.outcomes: dict[int, list[tuple[float, float] | None]] = defaultdict(list)
         self.packs: dict[str, list[tuple[int, str]]] = {}
-        self.proposed: set[tuple[str, str, float, float]] = set()
+        self.proposed: dict[tuple[str, str, float], set[float]] = defaultdict(set)
 
     @property
     def total_packs(self) -> int:
@@ -102,21 +99,26 @@ class PackSearch(Searcher):
             self.studies[key] = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         study = self.studies[key]
         expansions = sorted({p.expansion_factor for p in self.plan})
-        for _ in range(REPEATS):
-            study.enqueue_trial({"expansion_factor": proposal.expansion_factor})  # fixed: every width equally often
+        name = COEFFICIENT[proposal.architecture]
+        low, high = self.ranges[proposal.architecture]
+
+        def ask(fixed: dict[str, float]) -> tuple[optuna.trial.Trial, float]:
+            study.enqueue_trial({"expansion_factor": proposal.expansion_factor, **fixed})
             trial = study.ask()
-            trial.suggest_categorical("expansion_factor", expansions)
-            name = COEFFICIENT[proposal.architecture]
-            low, high = self.ranges[proposal.architecture]
-            value: float = (
-                trial.suggest_int(name, int(low), int(high), log=True)
-                if name == "k"
-                else trial.suggest_float(name, low, high, log=True)
-            )
-            if (*key, proposal.expansion_factor, value) not in self.proposed:
-                break
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the same SAE again: ask for another
-        self.proposed.add((*key, proposal.expansion_factor, value))
+            trial.suggest_categorical("expansion_factor", expansions)  # fixed: every width equally often
+            if name == "k":
+                return trial, trial.suggest_int(name, int(low), int(high), log=True)
+            return trial, trial.suggest_float(name, low, high, log=True)
+
+        trial, value = ask({})
+        taken = self.proposed[(*key, proposal.expansion_factor)]
+        free = set(range(int(low), int(high) + 1)) - taken if name == "k" else set()
+        if (
+            value in taken and free
+        ):  # k is an integer: rather than the same SAE again, the nearest that is not there yet
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            trial, value = ask({name: min(free, key=lambda k: (abs(k - value), k))})
+        taken.add(value)
         self.open[proposal.index] = (key, trial)
         return value
 

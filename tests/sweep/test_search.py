@@ -1,0 +1,101 @@
+"""The Tune searcher without a cluster: what it hands out, what it tells Optuna, and how a restored one goes on."""
+
+import copy
+from pathlib import Path
+
+import pytest
+
+import raysae.cluster  # noqa: F401 sets Ray's environment before Ray is imported
+from raysae.sweep.on_ray import PackSearch
+from raysae.sweep.space import proposals
+
+WIDTHS = {"blocks.0.resid_post": 16, "blocks.1.resid_post": 16}
+RANGES = {"relu": (0.01, 1.0), "topk": (2, 12)}
+
+
+def search(pack_size: int = 1, seeds=(0,), samples: int = 3, sites=("blocks.0.resid_post",)) -> PackSearch:
+    widths = {site: WIDTHS[site] for site in sites}
+    plan = proposals(widths, ["relu", "topk"], [2, 4], None, samples)
+    return PackSearch(plan, widths, RANGES, seeds, (None, 1e-3), pack_size, seed=0)
+
+
+def outcome(config: dict) -> dict:
+    """A made-up result: less L1 or more k is a lower FVU and a higher L0."""
+    metrics = {}
+    for member in config["members"]:
+        c = member["config"]
+        l0 = float(c["k"] or 1 / c["l1_coefficient"])
+        metrics[member["sae_id"]] = {"fvu": 1 / (1 + l0), "l0": l0}
+    return {"members": metrics}
+
+
+def drain(searcher: PackSearch, name: str = "t") -> list[dict]:
+    """Every pack, each finished before the next is asked for."""
+    packs = []
+    while isinstance(config := searcher.suggest(f"{name}{len(packs)}"), dict):
+        packs.append(config)
+        searcher.on_trial_complete(f"{name}{len(packs) - 1}", outcome(config))
+    return packs
+
+
+def members(packs: list[dict]) -> list[dict]:
+    return [member for pack in packs for member in pack["members"]]
+
+
+def test_each_width_and_architecture_comes_equally_often():
+    found = members(drain(search()))
+    count = {(m["config"]["architecture"], m["config"]["d_sae"]): 0 for m in found}
+    for m in found:
+        count[m["config"]["architecture"], m["config"]["d_sae"]] += 1
+    assert count == {("relu", 32): 3, ("relu", 64): 3, ("topk", 32): 3, ("topk", 64): 3}
+
+
+def test_no_sae_is_proposed_twice_though_k_is_an_integer():
+    found = [(m["config"]["d_sae"], m["config"]["k"]) for m in members(drain(search(samples=8))) if m["config"]["k"]]
+    assert len(set(found)) == len(found) == 16
+
+
+def test_seeds_share_their_coefficient_and_are_told_as_one():
+    searcher = search(seeds=(0, 1, 2))
+    found = members(drain(searcher))
+    by_proposal: dict[str, set] = {}
+    for m in found:
+        c = m["config"]
+        by_proposal.setdefault(m["sae_id"].split("-")[0], set()).add((c["l1_coefficient"], c["k"]))
+    assert len(found) == 3 * 12 and all(len(coefficients) == 1 for coefficients in by_proposal.values())
+    told = [t for study in searcher.studies.values() for t in study.trials if t.state.is_finished() and t.values]
+    assert len(told) == 12 and not searcher.open
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 100])
+def test_packs_hold_every_sae_once_and_one_site_each(size):
+    searcher = search(pack_size=size, seeds=(0, 1), sites=WIDTHS)
+    total = searcher.total_packs
+    packs = drain(searcher)
+    ids = [m["sae_id"] for m in members(packs)]
+    assert len(packs) == total and len(set(ids)) == len(ids) == 48
+    assert all(len(pack["members"]) <= size for pack in packs)
+
+
+def test_optuna_hears_of_failures_and_goes_on():
+    searcher = search(samples=2)
+    config = searcher.suggest("a")
+    searcher.on_trial_complete("a", None, error=True)
+    assert isinstance(config, dict) and not searcher.open
+    (failed,) = [t for study in searcher.studies.values() for t in study.trials if t.state.name == "FAIL"]
+    assert failed.params
+    assert len(drain(searcher)) == 7
+
+
+def test_a_restored_searcher_goes_on_the_same(tmp_path: Path):
+    whole = drain(search())
+    first = search()
+    begun = [first.suggest(f"t{i}") for i in range(5)]
+    for i, config in enumerate(begun[:4]):  # the fifth is still running when the driver dies
+        first.on_trial_complete(f"t{i}", outcome(config))
+    first.save(str(tmp_path / "state"))
+    again = search()
+    again.restore(str(tmp_path / "state"))
+    again.on_trial_complete("t4", outcome(begun[4]))
+    rest = drain(again, "rest")
+    assert copy.deepcopy(begun) + rest == whole
