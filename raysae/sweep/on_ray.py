@@ -57,6 +57,7 @@ class PackSearch(Searcher):
         self.open: dict[int, tuple[tuple[str, str], optuna.trial.Trial]] = {}
         self.outcomes: dict[int, list[tuple[float, float] | None]] = defaultdict(list)
         self.packs: dict[str, list[tuple[int, str]]] = {}
+        self.last: dict[str, tuple[float, float]] = {}
         self.proposed: dict[tuple[str, str, float], set[float]] = defaultdict(set)
 
     @property
@@ -122,10 +123,14 @@ class PackSearch(Searcher):
         self.open[proposal.index] = (key, trial)
         return value
 
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        for sae_id, found in _metrics_of(result).items():  # a member that its pack drops is judged by its last rung
+            self.last[sae_id] = (found["fvu"], found["l0"])
+
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        self.on_trial_result(trial_id, result or {})
         for index, sae_id in self.packs.pop(trial_id, []):
-            found = _metrics_of(result or {}).get(sae_id, {})
-            pair = (found.get("fvu", float("nan")), found.get("l0", float("nan")))
+            pair = self.last.pop(sae_id, (float("nan"), float("nan")))
             self.outcomes[index].append(None if error or any(v != v for v in pair) else pair)
             if index in self.open and len(self.outcomes[index]) == len(self.seeds):
                 key, trial = self.open.pop(index)

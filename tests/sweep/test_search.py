@@ -77,6 +77,17 @@ def test_packs_hold_every_sae_once_and_one_site_each(size):
     assert all(len(pack["members"]) <= size for pack in packs)
 
 
+def test_a_member_that_its_pack_dropped_is_told_by_its_last_rung():
+    searcher = search(pack_size=2)
+    config = searcher.suggest("a")
+    whole = outcome(config)
+    searcher.on_trial_result("a", whole)
+    dropped = config["members"][0]["sae_id"]
+    searcher.on_trial_complete("a", {"members": {i: m for i, m in whole["members"].items() if i != dropped}})
+    told = [t.values for study in searcher.studies.values() for t in study.trials if t.values]
+    assert sorted(told) == sorted([m["fvu"], m["l0"]] for m in whole["members"].values())
+
+
 def test_optuna_hears_of_failures_and_goes_on():
     searcher = search(samples=2)
     config = searcher.suggest("a")
