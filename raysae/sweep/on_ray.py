@@ -7,6 +7,8 @@ reports and checkpoints. An experiment that a killed driver left is restored, no
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import tempfile
@@ -25,7 +27,7 @@ from ray.tune.search import Searcher
 
 from raysae.artifacts import write_json
 from raysae.cluster import Placement, device
-from raysae.progress import Progress
+from raysae.progress import Progress, say
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.train import Member
 from raysae.sweep.prune import Standing, reason_to_stop
@@ -268,7 +270,7 @@ def run_sweep(
                     failure_config=FailureConfig(max_failures=max_restarts),
                     checkpoint_config=CheckpointConfig(num_to_keep=1),
                     callbacks=callbacks,
-                    progress_reporter=_table(),
+                    progress_reporter=Table(),
                     verbose=1,
                 ),
             )
@@ -292,14 +294,24 @@ def _wandb(project: str, root: Path) -> Callback:
     return WandbLoggerCallback(project=project, group=root.name, mode=mode, dir=str(root))
 
 
-def _table() -> CLIReporter:
-    """Tune's table, with the columns of an SAE, every minute."""
-    return CLIReporter(
-        metric_columns=["tokens", "fvu", "l0", "dead_fraction"],
-        parameter_columns=["expansion_factor", "l1_coefficient", "k", "seed"],
-        max_report_frequency=60,
-        print_intermediate_tables=True,
-    )
+class Table(CLIReporter):
+    """Tune's table, with the columns of an SAE, every minute; printed above the progress bar, not through it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            metric_columns=["tokens", "fvu", "l0", "dead_fraction"],
+            parameter_columns=["expansion_factor", "l1_coefficient", "k", "seed"],
+            max_report_frequency=60,
+            print_intermediate_tables=True,
+        )
+
+    def report(self, trials: list, done: bool, *sys_info: Any) -> None:
+        if not any("tokens" in t.last_result or "members" in t.last_result for t in trials):
+            return
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            super().report(trials, done, *sys_info)
+        say(printed.getvalue().strip())
 
 
 def _trial_name(trial: Any) -> str:
