@@ -126,8 +126,8 @@ class PruneConfig(Section):
 
 
 class SweepConfig(Section):
-    architectures: Annotated[tuple[Literal["relu", "topk"], ...], Field(min_length=1)] = ("relu", "topk")
-    """SAE architectures to search."""
+    architectures: Annotated[tuple[str, ...], Field(min_length=1)] = ("relu", "topk")
+    """SAE architectures to search: relu, topk, batchtopk."""
     expansion_factors: Widths = (4, 8)
     """d_sae / d_in; `[2,4,...,32]` for the 16 widths of the phased programme. Each is sampled equally often."""
     search: Literal["optuna", "grid"] = "optuna"
@@ -138,9 +138,9 @@ class SweepConfig(Section):
     l1_coefficients: Widths = (0.02, 0.06, 0.2)
     """L1 coefficients of the grid."""
     k_range: tuple[PositiveInt, PositiveInt] = (4, 32)
-    """Log-uniform range of TopK's k (optuna)."""
+    """Log-uniform range of k of the TopK family (optuna)."""
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16, 32)
-    """TopK's k of the grid."""
+    """k of the TopK family of the grid."""
     samples: PositiveInt = 4
     """SAEs per architecture, expansion factor and seed that Optuna proposes."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)

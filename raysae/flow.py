@@ -72,6 +72,9 @@ class Flow:
         self.finished: list[Stage] = []
         self._cluster: Cluster | None = None
         self._fingerprints: dict[str, dict[str, str | None]] = {}
+        unknown = [a for a in config.sweep.architectures if a not in COEFFICIENT]
+        if unknown:
+            raise UserError(f"sweep.architectures: {unknown[0]!r} is not allowed; allowed: {', '.join(COEFFICIENT)}")
         self._check_run()
 
     def run(self) -> Run:
@@ -217,7 +220,9 @@ class Flow:
         s, t = self.config.sweep, self.config.training
         opened = Store(store.path)
         widths = {site: opened.d_model(site) for site in opened.sites}
-        grid = {"relu": s.l1_coefficients, "topk": s.k} if s.search == "grid" else None
+        values = {"l1_coefficient": s.l1_coefficients, "k": s.k}
+        ranges = {"l1_coefficient": s.l1_range, "k": s.k_range}
+        grid = {a: values[COEFFICIENT[a]] for a in s.architectures} if s.search == "grid" else None
         plan = proposals(widths, s.architectures, s.expansion_factors, grid, s.samples)
         shared = recipe(
             t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.l1_warmup_fraction, t.dead_after_tokens
@@ -232,7 +237,7 @@ class Flow:
             placement = self.cluster.trials()
             pack_size = s.pack_size if s.pack_size != "auto" else (8 if placement.gpus else 1)
             search = PackSearch(
-                plan, widths, {"relu": s.l1_range, "topk": s.k_range}, s.seeds,
+                plan, widths, {a: ranges[COEFFICIENT[a]] for a in s.architectures}, s.seeds,
                 (t.learning_rate, t.base_learning_rate), pack_size, self.config.seed,
             )  # fmt: skip
             trial = Trial(

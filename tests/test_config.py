@@ -43,7 +43,6 @@ def yaml_of(tmp_path, text):
         ("sweep.k_range", "[8,2]", "k_range must be [low, high]"),
         ("sweep.k", "[0]", "greater than 0"),
         ("sweep.seeds", "[1,1]", "seeds must differ"),
-        ("sweep.architectures", "[relu,gated]", "'relu' or 'topk'"),
         ("sweep.pack_size", "0", "greater than 0"),
         ("sweep.pack_size", "many", "'auto'"),
         ("training.batch_size", "0", "greater than 0"),

@@ -168,7 +168,7 @@ def test_trackers_get_each_sae_and_no_secret_reaches_the_run(ray_cluster, arithm
 
 def test_several_sites_come_from_one_capture(ray_cluster, arithmetic_model, tmp_path):
     sites = ["blocks.0.mlp_hidden", "blocks.1.resid_post"]
-    sweep = {"architectures": ["topk"], "expansion_factors": [2]}
+    sweep = {"architectures": ["batchtopk"], "expansion_factors": [2]}
     two = raysae.sweep(
         small_job(arithmetic_model, tmp_path, capture={"sites": sites}, sweep=sweep, training={"tokens": 5_000})
     )
@@ -199,6 +199,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "gpus": ({"cluster": {"num_gpus": 99}}, "cluster.num_gpus"),
         "expansion": ({"sweep": {"expansion_factors": [-4]}}, "sweep.expansion_factors"),
         "l1": ({"sweep": {"l1_coefficients": [0]}}, "sweep.l1_coefficients"),
+        "architecture": ({"sweep": {"architectures": ["gated"]}}, "sweep.architectures: 'gated' is not allowed"),
         "batch": ({"training": {"batch_size": 0}}, "training.batch_size"),
         "gate": ({"gate": str(tmp_path / "no.yaml")}, "gate"),
     }
@@ -206,7 +207,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
 
 @pytest.mark.parametrize("name", [
     "missing file", "malformed row", "empty", "unknown site", "context", "pickle", "gpus", "expansion", "l1", "batch",
-    "gate",
+    "gate", "architecture",
 ])  # fmt: skip
 def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
     changes, named = mistakes(tmp_path)[name]

@@ -27,12 +27,15 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column(
-        "architecture", "Architecture", "text", "relu: ReLU with an L1 penalty; topk: the k largest latents are kept"
+        "architecture",
+        "Architecture",
+        "text",
+        "relu: ReLU with an L1 penalty; topk, batchtopk: the k largest latents per token, or k per token on average",
     ),
     Column("expansion_factor", "Expansion ×", "small", "d_sae / d_in"),
     Column("d_sae", "Width d_sae", "count", "number of latents"),
     Column("l1_coefficient", "L1 coefficient", "small", "weight of the L1 penalty of a ReLU SAE"),
-    Column("k", "k", "count", "latents that a TopK SAE keeps per token"),
+    Column("k", "k", "count", "latents that a TopK SAE keeps per token; BatchTopK on average, in training"),
     Column("fvu", "FVU", "ratio", "fraction of variance unexplained; 0 is perfect, 1 is predicting the mean"),
     Column("explained_variance", "EV", "ratio", "explained variance, 1 − FVU"),
     Column("l0", "L0", "short", "active latents per token, mean"),

@@ -30,8 +30,8 @@ from raysae.report.columns import is_number, label, show_threshold
 INK, FAINT, PAPER = "#22252b", "#8d939e", "#ffffff"
 RAMP = LinearSegmentedColormap.from_list("raysae", ["#3f7fd9", "#9a6fd0", "#d9638f", "#e8913a"])  # on white and black
 PLATE = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-MARKERS = {"relu": "o", "topk": "s"}
-DASHES = {"relu": "-", "topk": (0, (4, 1.5))}
+MARKERS = {"relu": "o", "topk": "s", "batchtopk": "D"}
+DASHES = {"relu": "-", "topk": (0, (4, 1.5)), "batchtopk": (0, (1, 1))}
 PLOTTED = ("completed", "pruned")
 FVU_TOP = 1.3
 """FVU above 1 is worse than predicting the mean; what lies far above is left off the scale, not squeezed in."""
@@ -83,7 +83,8 @@ def against_expansion(table: pd.DataFrame, decision: Mapping[str, Any], metric: 
     if metric == "l0":
         _log_y(axes)
     places = table.assign(_place=table.get("expansion_factor", np.nan))
-    shift = {"relu": -0.12, "topk": 0.12} if table["architecture"].nunique() > 1 else {}
+    architectures = sorted(table["architecture"].unique(), key=lambda a: [*MARKERS, a].index(a))
+    shift = {a: 0.24 * (i - (len(architectures) - 1) / 2) for i, a in enumerate(architectures)}
     places["_place"] = [
         widths.index(width) + shift.get(architecture, 0.0) if width in widths else np.nan
         for width, architecture in zip(places["_place"], places["architecture"], strict=True)

@@ -4,13 +4,15 @@ All share the affine form with x scaled to mean ‖x‖² = 1 over the training 
 
     pre = (x - b_dec) W_enc + b_enc,   f = σ(pre),   x̂ = f W_dec + b_dec
 
-with W_enc [d_in, d_sae], W_dec [d_sae, d_in] (SAELens' layout). They differ in σ and in the sparsity term. Gradients are
+with W_enc [d_in, d_sae], W_dec [d_sae, d_in] (SAELens' layout). They differ in σ and in the sparsity term. A new one is a
+class below and its line in ARCHITECTURES; nothing else in the package knows their names. Gradients are
 written out because autograd would also form the gradient of the input (12 instead of 10·d_in·d_sae FLOPs per token) and
 keep more [batch, d_sae] tensors; tests compare them with autograd.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,14 +20,16 @@ import torch
 from torch import Tensor
 
 Parameters = dict[str, Tensor]
+"""W_enc, b_enc, W_dec, b_dec, and an architecture's buffers, which the optimizer does not touch."""
+TRAINED = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 @dataclass(frozen=True)
 class SAEConfig:
     """What determines an SAE's function and its training: architecture, shape, sparsity, seed.
 
-    `k` belongs to topk, `l1_coefficient` to relu. The coefficient is stated for sum-over-d squared error and inputs of
-    mean squared norm 1; at E‖x‖ = sqrt(d_in) the same SAE has sqrt(d_in) times as much.
+    `k` belongs to topk and batchtopk, `l1_coefficient` to relu. The coefficient is stated for sum-over-d squared error and
+    inputs of mean squared norm 1; at E‖x‖ = sqrt(d_in) the same SAE has sqrt(d_in) times as much.
     """
 
     architecture: str
@@ -38,7 +42,7 @@ class SAEConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: {self.architecture!r} is unknown; known: {', '.join(ARCHITECTURES)}")
-        needed = {"relu": "l1_coefficient", "topk": "k"}[self.architecture]
+        needed = ARCHITECTURES[self.architecture].coefficient
         if getattr(self, needed) is None:
             raise ValueError(f"{needed}: {self.architecture} needs it")
         if self.k is not None and not 0 < self.k <= self.d_sae:
@@ -52,24 +56,60 @@ class Step(NamedTuple):
     squared_error: Tensor  # [] sum over the batch of ‖x - x̂‖², scaled units
     sparsity: Tensor  # [] mean over the batch of the sparsity term, without its coefficient (0 for topk)
     fired: Tensor  # [d_sae] bool
+    buffers: Parameters = {}  # noqa: RUF012 new values of the architecture's buffers
 
 
-class ReLU:
+class Architecture(ABC):
+    """What an architecture is to the rest of the package. `p` are its parameters, in whatever units x has."""
+
+    coefficient: str
+    """Field of SAEConfig that sets its sparsity: k or l1_coefficient."""
+    saelens: str
+    """SAELens' name of its inference form."""
+    constrain_decoder = False
+    """Whether decoder rows are kept at unit norm."""
+
+    @classmethod
+    @abstractmethod
+    def encode(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
+        """f [rows, d_sae] of x [rows, d_in], by the inference rule."""
+
+    @classmethod
+    @abstractmethod
+    def step(cls, p: Parameters, config: SAEConfig, x: Tensor, coefficient: float, dead: Tensor | None) -> Step:
+        """Loss and gradients on a batch x [rows, d_in], with the L1 coefficient of this step and the dead latents."""
+
+    @classmethod
+    def buffers(cls) -> Parameters:
+        """Initial values of what it keeps beside the trained parameters."""
+        return {}
+
+    @classmethod
+    def to_saelens(cls, p: Parameters, config: SAEConfig) -> tuple[Parameters, dict[str, object]]:
+        """SAELens' tensors and its extra config fields."""
+        return {name: p[name] for name in TRAINED}, {}
+
+    @classmethod
+    def from_saelens(cls, tensors: Parameters) -> Parameters:
+        """The inverse of `to_saelens` for tensors."""
+        return tensors
+
+
+class ReLU(Architecture):
     """ReLU with an L1 penalty weighted by the decoder norms (Conerly et al., April 2024).
 
     loss = mean_n [ ‖x_n - x̂_n‖² + λ Σ_j f_nj ‖W_dec,j‖ ]. Weighting by ‖W_dec,j‖ makes the penalty blind to rescaling
     f against W_dec, so the decoder needs no norm constraint.
     """
 
-    constrain_decoder = False
+    coefficient, saelens = "l1_coefficient", "standard"
 
-    @staticmethod
-    def encode(p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
-        """f [rows, d_sae] of x [rows, d_in]."""
+    @classmethod
+    def encode(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
         return torch.relu(preactivations(p, x))
 
-    @staticmethod
-    def step(p: Parameters, config: SAEConfig, x: Tensor, coefficient: float, dead: Tensor | None) -> Step:
+    @classmethod
+    def step(cls, p: Parameters, config: SAEConfig, x: Tensor, coefficient: float, dead: Tensor | None) -> Step:
         rows = x.shape[0]
         centred = x - p["b_dec"]
         f = torch.addmm(p["b_enc"], centred, p["W_enc"]).relu_()  # [rows, d_sae]
@@ -85,7 +125,7 @@ class ReLU:
         return Step(gradients, error.square().sum(), (sums * norms).sum() / rows, _any_row(on))
 
 
-class TopK:
+class TopK(Architecture):
     """The k largest positive pre-activations, unit-norm decoder, AuxK against dead latents (Gao et al. 2024, §2.3, A.2).
 
     loss = mean_n [ ‖x_n - x̂_n‖² + (1/32) ‖e_n - ê_n‖² · (E‖x - x̄‖² / E‖e - ē‖²) ], with e = x - x̂ detached and ê
@@ -93,20 +133,34 @@ class TopK:
     the share of the error's variance that ê misses; the factor puts it in units of x's variance.
     """
 
+    coefficient, saelens = "k", "topk"
     constrain_decoder = True
     aux_coefficient = 1 / 32
 
-    @staticmethod
-    def encode(p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
-        """f [rows, d_sae] of x [rows, d_in]."""
+    @classmethod
+    def encode(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
         return _keep_largest(preactivations(p, x), config.k or 0)
+
+    @classmethod
+    def select(cls, pre: Tensor, k: int) -> Tensor:
+        """Training's f from pre-activations [rows, d_sae]."""
+        return _keep_largest(pre, k)
+
+    @classmethod
+    def updated_buffers(cls, p: Parameters, f: Tensor) -> Parameters:
+        """The buffers after a batch with latents f."""
+        return {}
+
+    @classmethod
+    def to_saelens(cls, p: Parameters, config: SAEConfig) -> tuple[Parameters, dict[str, object]]:
+        return {name: p[name] for name in TRAINED}, {"k": config.k, "rescale_acts_by_decoder_norm": False}
 
     @classmethod
     def step(cls, p: Parameters, config: SAEConfig, x: Tensor, coefficient: float, dead: Tensor | None) -> Step:
         rows = x.shape[0]
         centred = x - p["b_dec"]
         pre = torch.addmm(p["b_enc"], centred, p["W_enc"])  # [rows, d_sae]
-        f = _keep_largest(pre, config.k or 0)
+        f = cls.select(pre, config.k or 0)
         error = torch.addmm(p["b_dec"] - x, f, p["W_dec"])  # x̂ - x [rows, d_in]
         on = f > 0
         g_out = error * (2 / rows)
@@ -115,7 +169,8 @@ class TopK:
         if dead is not None and bool(dead.any()):
             cls._add_aux_gradients(p, pre, error, x, dead, g_W_dec, g_pre)
         gradients = _gradients(p, centred, g_out, g_W_dec, g_pre)
-        return Step(gradients, error.square().sum(), torch.zeros((), device=x.device), _any_row(on))
+        none = torch.zeros((), device=x.device)
+        return Step(gradients, error.square().sum(), none, _any_row(on), cls.updated_buffers(p, f))
 
     @classmethod
     def _add_aux_gradients(
@@ -131,7 +186,50 @@ class TopK:
         g_pre.index_add_(1, index, (g_miss @ p["W_dec"][index].T).mul_(f_aux > 0))
 
 
-ARCHITECTURES: dict[str, type[ReLU] | type[TopK]] = {"relu": ReLU, "topk": TopK}
+class BatchTopK(TopK):
+    """The k·rows largest positive pre-activations of the whole batch (Bussmann, Leask & Nanda 2024), AuxK as TopK.
+
+    A row may use more latents than another. For inference, where there is no batch, a latent is on above a threshold: the
+    running mean over batches (decay 0.99) of the smallest activation kept. Measured L0 therefore differs from k. SAELens
+    knows this form as jumprelu.
+    """
+
+    saelens = "jumprelu"
+    decay = 0.99
+
+    @classmethod
+    def encode(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
+        pre = preactivations(p, x)
+        return pre.relu() * (pre > p["threshold"])
+
+    @classmethod
+    def buffers(cls) -> Parameters:
+        return {"threshold": torch.tensor(-1.0)}  # negative: no batch seen yet
+
+    @classmethod
+    def select(cls, pre: Tensor, k: int) -> Tensor:
+        flat = pre.flatten()
+        values, index = flat.topk(k * pre.shape[0], sorted=False)
+        return torch.zeros_like(flat).scatter_(0, index, values.relu_()).view_as(pre)
+
+    @classmethod
+    def updated_buffers(cls, p: Parameters, f: Tensor) -> Parameters:
+        smallest = torch.where(f > 0, f, torch.inf).min()
+        before = p["threshold"]
+        mean = torch.where(before < 0, smallest, cls.decay * before + (1 - cls.decay) * smallest)
+        return {"threshold": torch.where(smallest.isfinite(), mean, before)}
+
+    @classmethod
+    def to_saelens(cls, p: Parameters, config: SAEConfig) -> tuple[Parameters, dict[str, object]]:
+        tensors = {name: p[name] for name in TRAINED}
+        return tensors | {"threshold": p["threshold"].expand(config.d_sae)}, {}
+
+    @classmethod
+    def from_saelens(cls, tensors: Parameters) -> Parameters:
+        return tensors | {"threshold": tensors["threshold"][0]}
+
+
+ARCHITECTURES: dict[str, type[Architecture]] = {"relu": ReLU, "topk": TopK, "batchtopk": BatchTopK}
 
 
 def _gradients(p: Parameters, centred: Tensor, g_out: Tensor, g_W_dec: Tensor, g_pre: Tensor) -> Parameters:
@@ -167,10 +265,10 @@ def initial_parameters(config: SAEConfig, b_dec: Tensor) -> Parameters:
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     if not ARCHITECTURES[config.architecture].constrain_decoder:
         W_dec *= 0.1  # Anthropic (April 2024): small decoder norms at the start keep L1 from killing latents early
-    p = {
+    return {
         "W_enc": (W_dec / W_dec.norm(dim=1, keepdim=True)).T.contiguous(),
         "b_enc": torch.zeros(config.d_sae),
         "W_dec": W_dec,
         "b_dec": b_dec.to(torch.float32).clone(),
+        **ARCHITECTURES[config.architecture].buffers(),
     }
-    return p

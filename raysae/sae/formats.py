@@ -18,12 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from raysae.artifacts import write_json
 from raysae.errors import UserError
-from raysae.sae.architectures import SAEConfig
+from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
 from raysae.sae.sae import SAE
 
-SAELENS_NAME = {"relu": "standard", "topk": "topk"}
 SAE_LENS_VERSION = "6.54.12"  # the layout that this writes; SAELens reads anything >= 6.0.0 as such
-TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def save(sae: SAE, directory: Path, raysae: dict[str, Any] | None = None) -> None:
@@ -33,7 +31,7 @@ def save(sae: SAE, directory: Path, raysae: dict[str, Any] | None = None) -> Non
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     cfg: dict[str, Any] = {
-        "architecture": SAELENS_NAME[config.architecture],
+        "architecture": ARCHITECTURES[config.architecture].saelens,
         "d_in": config.d_in,
         "d_sae": config.d_sae,
         "dtype": "float32",
@@ -44,10 +42,10 @@ def save(sae: SAE, directory: Path, raysae: dict[str, Any] | None = None) -> Non
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **sae.metadata},
         "raysae": {"config": config.__dict__, **(raysae or {})},
     }
-    if config.architecture == "topk":
-        cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    tensors = {name: sae.parameters[name].detach().to("cpu", torch.float32).contiguous() for name in TENSORS}
-    save_file(tensors, temporary / "sae_weights.safetensors")
+    tensors, fields = ARCHITECTURES[config.architecture].to_saelens(sae.parameters, config)
+    cfg |= fields
+    whole = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    save_file(whole, temporary / "sae_weights.safetensors")
     write_json(temporary / "cfg.json", cfg)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
@@ -63,11 +61,9 @@ def load(directory: Path) -> SAE:
     if not (directory / "cfg.json").is_file():
         raise UserError(f"sae: {directory} holds no cfg.json, without which its weights are no function")
     cfg = json.loads((directory / "cfg.json").read_text())
-    names = {theirs: ours for ours, theirs in SAELENS_NAME.items()}
-    if cfg.get("architecture") not in names:
-        raise UserError(f"sae: {directory} has architecture {cfg.get('architecture')!r}; known: {', '.join(names)}")
-    architecture = names[cfg["architecture"]]
-    if architecture == "topk" and "k" not in cfg:
+    ours = cfg.get("raysae", {}).get("config", {})
+    architecture = _architecture(directory, cfg.get("architecture"), ours)
+    if ARCHITECTURES[architecture].saelens == "topk" and "k" not in cfg:
         raise UserError(f"sae: {directory} is a topk SAE whose cfg.json has no k")
     if cfg.get("normalize_activations", "none") != "none" or not cfg.get("apply_b_dec_to_input", True):
         raise UserError(f"sae: {directory} has an unfolded normalisation or no b_dec on its input; fold it first")
@@ -75,22 +71,34 @@ def load(directory: Path) -> SAE:
         raise UserError(
             f"sae: {directory} has rescale_acts_by_decoder_norm; fold W_dec's norms first (fold_W_dec_norm)"
         )
-    ours = cfg.get("raysae", {}).get("config", {})
+    coefficient = ARCHITECTURES[architecture].coefficient
     config = SAEConfig(
         architecture=architecture,
         d_in=cfg["d_in"],
         d_sae=cfg["d_sae"],
-        k=cfg.get("k"),
-        l1_coefficient=ours.get("l1_coefficient", 0.0) if architecture == "relu" else None,
+        k=cfg.get("k", ours.get("k")) if coefficient == "k" else None,
+        l1_coefficient=ours.get("l1_coefficient", 0.0) if coefficient == "l1_coefficient" else None,
         seed=ours.get("seed", 0),
     )
-    tensors = load_tensors(file)
-    d_in, d_sae = config.d_in, config.d_sae
-    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    tensors = {name: tensor.to(torch.float32) for name, tensor in load_tensors(file).items()}
+    start = initial_parameters(config, torch.zeros(config.d_in))
+    expected = {n: tuple(t.shape) for n, t in ARCHITECTURES[architecture].to_saelens(start, config)[0].items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise UserError(f"sae: {file} holds {shapes}, its cfg.json needs {expected}")
-    return SAE(config, {name: tensors[name].to(torch.float32) for name in TENSORS}, cfg.get("metadata", {}))
+    return SAE(config, ARCHITECTURES[architecture].from_saelens(tensors), cfg.get("metadata", {}))
+
+
+def _architecture(directory: Path, theirs: str | None, ours: dict[str, Any]) -> str:
+    """Our name of a file's architecture: what our own block says, if SAELens' name agrees, else the one of that name."""
+    named = {name: a.saelens for name, a in ARCHITECTURES.items()}
+    if "architecture" in ours and named.get(ours["architecture"]) == theirs:
+        return ours["architecture"]
+    if theirs in ("standard", "topk"):
+        return next(name for name, saelens in named.items() if saelens == theirs)
+    raise UserError(
+        f"sae: {directory} has architecture {theirs!r}; known: standard, topk, and what raysae wrote itself"
+    )
 
 
 def load_tensors(file: Path) -> dict[str, torch.Tensor]:

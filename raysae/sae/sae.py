@@ -44,8 +44,8 @@ def fold(parameters: Parameters, scale: float) -> Parameters:
     The pre-activation ((s x) - b_dec) W_enc + b_enc = (x - b_dec/s)(s W_enc) + b_enc keeps b_enc as it is.
     """
     return {
+        **{name: p.clone() for name, p in parameters.items()},  # b_enc and thresholds live in pre-activations
         "W_enc": parameters["W_enc"] * scale,
-        "b_enc": parameters["b_enc"].clone(),
         "W_dec": parameters["W_dec"] / scale,
         "b_dec": parameters["b_dec"] / scale,
     }

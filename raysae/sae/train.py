@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
+from raysae.sae.architectures import ARCHITECTURES, TRAINED, SAEConfig, initial_parameters
 from raysae.sae.formats import load_tensors
 from raysae.sae.sae import SAE, fold
 
@@ -76,7 +76,11 @@ class _Trained:
         p = initial_parameters(member.config, scale.mean * scale.factor)
         self.parameters = {name: tensor.to(device) for name, tensor in p.items()}
         self.optimizer = torch.optim.Adam(
-            list(self.parameters.values()), lr=member.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS, fused=True
+            [self.parameters[name] for name in TRAINED],
+            lr=member.learning_rate,
+            betas=ADAM_BETAS,
+            eps=ADAM_EPS,
+            fused=True,
         )
         self.silent_tokens = torch.zeros(member.config.d_sae, dtype=torch.int64, device=device)
         self.loss = float("nan")
@@ -98,8 +102,10 @@ class _Trained:
             g["W_dec"] -= (g["W_dec"] * p["W_dec"]).sum(1, keepdim=True) * p["W_dec"]
         norm = torch.stack([t.norm() for t in g.values()]).norm()
         clip = (CLIP_NORM / norm.clamp_min(1e-12)).clamp_max(1.0)
-        for name, tensor in p.items():
-            tensor.grad = g[name].mul_(clip)
+        for name in TRAINED:
+            p[name].grad = g[name].mul_(clip)
+        for name, value in out.buffers.items():
+            p[name].copy_(value)
         self.optimizer.param_groups[0]["lr"] = self.member.learning_rate * recipe.rate(step)
         self.optimizer.step()
         if self.architecture.constrain_decoder:

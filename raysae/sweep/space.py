@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from raysae.sae.architectures import SAEConfig
+from raysae.sae.architectures import ARCHITECTURES, SAEConfig
 from raysae.sae.train import Member, Recipe
 
-COEFFICIENT = {"relu": "l1_coefficient", "topk": "k"}
+COEFFICIENT = {name: architecture.coefficient for name, architecture in ARCHITECTURES.items()}
 """The sparsity hyper-parameter of each architecture."""
 
 

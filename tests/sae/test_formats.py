@@ -19,6 +19,7 @@ METADATA = {"model_name": "toy", "hook_name": "blocks.3.hook_resid_post", "conte
 CONFIGS = {
     "relu": SAEConfig("relu", D, F, l1_coefficient=0.25, seed=5),
     "topk": SAEConfig("topk", D, F, k=4, seed=6),
+    "batchtopk": SAEConfig("batchtopk", D, F, k=4, seed=7),
 }
 
 
@@ -28,6 +29,8 @@ def parameters_of(config):
     p = initial_parameters(config, torch.randn(D, generator=generator) * 0.2)
     p["W_dec"] = p["W_dec"] * (0.5 + torch.rand(F, 1, generator=generator))
     p["b_enc"] = 0.1 * torch.randn(F, generator=generator)
+    if "threshold" in p:
+        p["threshold"] = torch.tensor(0.2)
     return p
 
 
@@ -107,7 +110,7 @@ def test_saelens_keeps_the_metadata(sae, theirs):
     assert theirs.cfg.metadata.hook_name == METADATA["hook_name"]
     assert theirs.cfg.metadata.model_name == "toy" and theirs.cfg.metadata.context_size == 16
     assert (theirs.cfg.d_in, theirs.cfg.d_sae) == (D, F)
-    assert getattr(theirs.cfg, "k", None) == sae.config.k
+    assert getattr(theirs.cfg, "k", None) == (sae.config.k if theirs.cfg.architecture() == "topk" else None)
 
 
 def test_saelens_measures_the_same_explained_variance_and_l0(sae, theirs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
+from raysae.sae.architectures import ARCHITECTURES, TRAINED, BatchTopK, SAEConfig, initial_parameters
 
 D, F, ROWS = 6, 20, 31
 
@@ -33,7 +33,10 @@ def reference_loss(config, p, x, coefficient, dead):
         f = pre.relu()
         x_hat = f @ p["W_dec"] + p["b_dec"]
         return ((x - x_hat) ** 2).sum(1).mean() + coefficient * (f * p["W_dec"].norm(dim=1)).sum(1).mean()
-    kept = torch.zeros_like(pre).scatter(1, pre.topk(config.k, dim=1).indices, 1.0)
+    if config.architecture == "batchtopk":
+        kept = (pre >= pre.flatten().sort(descending=True).values[config.k * ROWS - 1]).to(pre)
+    else:
+        kept = torch.zeros_like(pre).scatter(1, pre.topk(config.k, dim=1).indices, 1.0)
     f = pre.relu() * kept
     e = x - (f @ p["W_dec"] + p["b_dec"])
     loss = (e**2).sum(1).mean()
@@ -59,13 +62,14 @@ DEAD = {
 
 @pytest.mark.parametrize("dead", DEAD)
 @pytest.mark.parametrize(
-    "architecture,k,coefficient", [("relu", None, 0.0), ("relu", None, 0.7), ("topk", 1, 0.0), ("topk", 5, 0.0)]
+    "architecture,k,coefficient",
+    [("relu", None, 0.0), ("relu", None, 0.7), ("topk", 1, 0.0), ("topk", 5, 0.0), ("batchtopk", 3, 0.0)],
 )
 def test_gradients_equal_autograd(double_parameters, architecture, k, coefficient, dead):
     config = SAEConfig(architecture, D, F, k=k, l1_coefficient=coefficient if k is None else None)
     p, x = double_parameters(config), rows_of()
     step = ARCHITECTURES[architecture].step(p, config, x, coefficient, DEAD[dead])
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in p.items()}
+    leaves = {name: p[name].clone().requires_grad_() for name in TRAINED}
     loss = reference_loss(config, leaves, x, coefficient, DEAD[dead])
     loss.backward()
     assert set(step.gradients) == set(leaves)
@@ -138,3 +142,17 @@ def test_initial_parameters_depend_on_the_seed_alone(architecture):
 def test_a_config_that_determines_no_sae_is_refused(options, named):
     with pytest.raises(ValueError, match=rf"^{named}: "):
         SAEConfig(d_in=D, d_sae=F, **options)
+
+
+def test_batchtopk_keeps_k_per_row_on_average_and_none_without_a_positive_preactivation(double_parameters):
+    config = SAEConfig("batchtopk", D, F, k=3)
+    pre = torch.randn(ROWS, F, generator=torch.Generator().manual_seed(1))
+    f = BatchTopK.select(pre, config.k)
+    on = (f > 0).sum(1)
+    assert int(on.sum()) == 3 * ROWS and on.unique().numel() > 1
+    assert f[f > 0].min() >= pre[f == 0].max()
+    assert not BatchTopK.select(-pre.abs(), config.k).any()
+    p = initial_parameters(config, torch.zeros(D)) | {"threshold": torch.tensor(0.5)}
+    assert torch.equal(BatchTopK.updated_buffers(p, torch.zeros(ROWS, F))["threshold"], torch.tensor(0.5))
+    on = BatchTopK.encode(p, config, rows_of().float())
+    assert on[on > 0].min() > 0.5
