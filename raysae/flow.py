@@ -13,11 +13,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
-from raysae.artifacts import Stage, fingerprint, link_or_copy, sha256_of, stage, write_atomic, write_json
+from raysae.artifacts import Stage, fingerprint, link_or_copy, read_json, sha256_of, stage, write_atomic, write_json
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
 from raysae.config import SweepJob, dump_yaml
 from raysae.data.records import read_records, write_records
@@ -348,7 +347,8 @@ class Flow:
         directory.mkdir(parents=True, exist_ok=True)
         if Run(directory).report.exists() and all(s.reused for s in self.finished):
             return Run(directory)
-        self._write("config.yaml", dump_yaml(self.config))
+        write_json(directory / "identity.json", self._identity())
+        write_atomic(directory / "config.yaml", lambda path: path.write_text(dump_yaml(self.config)))
         write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
         write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
         link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
@@ -373,9 +373,6 @@ class Flow:
         ]
         return {"stages": stages, "total": {key: sum(s[key] for s in stages) for key in keys}}
 
-    def _write(self, name: str, text: str) -> None:
-        write_atomic(self.directory / name, lambda path: path.write_text(text))
-
     @cached_property
     def directory(self) -> Path:
         """`<output>/<run>`."""
@@ -384,19 +381,16 @@ class Flow:
         return self.root / name
 
     def _identity(self) -> dict[str, Any]:
+        """What the run's results depend on: its config but for where it runs, and the gate's content."""
         return {**self.config.identity(), "gate": self.gate.model_dump(mode="json")}
 
     def _check_run(self) -> None:
         """Refuse a run directory that belongs to another config."""
-        file = self.directory / "config.yaml"
+        file = self.directory / "identity.json"
         if file.exists():
-            try:
-                theirs = SweepJob.model_validate(yaml.safe_load(file.read_text())).identity()
-            except ValueError:
-                theirs = {}
-            if theirs != self.config.identity():
+            if read_json(file) != self._identity():
                 raise UserError(
-                    f"run: {self.directory} belongs to another config; give another --run, or leave it unset"
+                    f"run: {self.directory} belongs to another config or gate; give another --run, or leave it unset"
                 )
         elif self.directory.exists() and any(self.directory.iterdir()):
             raise UserError(f"run: {self.directory} is not empty and no run of raysae; give another --run")

@@ -131,6 +131,10 @@ def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, outp
     assert strict.path != run.path and sae_hashes(strict.path) == sae_hashes(run.path)
     assert strict.decision["verdict"] == "no-go" and strict.decision["closest"] in run.saes
     assert job(str(strict.path), script="gate.py").returncode == 3
+    gate.write_text(gate.read_text().replace("1.0e-9", "1.0"))  # another gate under the same name is another run
+    with pytest.raises(UserError, match="another config or gate"):
+        raysae.sweep(small_job(arithmetic_model, output, gate=str(gate), run=strict.path.name))
+    gate.write_text(gate.read_text().replace("1.0,", "1.0e-9,"))
     config = write_config(tmp_path / "c.yaml", small_values(arithmetic_model, output, gate=str(gate)))
     assert job("--config", str(config)).returncode == 0
     assert job("--config", str(config), "--require_go", "true").returncode == 3

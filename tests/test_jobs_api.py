@@ -68,7 +68,7 @@ def submit(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
 def test_the_quickstart_runs_through_the_jobs_api(head, arithmetic_model, tmp_path):
     output = tmp_path / "results"
     values = small_values(arithmetic_model, output, sweep={"pack_size": 2})
-    values["cluster"] = {}
+    values["cluster"] = {"capture_actors": 2}  # of 8: two cores would take minutes to start eight
     values["gate"] = "configs/gates/default.yaml"
     done = submit(head, "--config", str(write_config(tmp_path / "job.yaml", values)))
     assert done.returncode == 0, done.stdout + done.stderr
