@@ -202,7 +202,7 @@ def run_trial(config: dict[str, Any], trial: Trial, threads: int, margin: float 
 
     def report(rung: Rung) -> Iterable[str]:
         flat = next(iter(rung.metrics.values())) if len(config["members"]) == 1 else {"members": rung.metrics}
-        metrics = {**flat, "final": rung.final}
+        metrics = {**flat, "final": rung.final, "timesteps_total": rung.tokens}  # TensorBoard's x axis
         if rung.final:
             tune.report(metrics)
             return []
