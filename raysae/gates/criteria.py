@@ -82,7 +82,14 @@ class Verdict:
 
 
 def load_gate(path: Path) -> Gate:
-    """The gate in a YAML file, or one line that names the file and the field."""
+    """The gate in a YAML file, or one line that names the file and the field.
+
+    A relative path that is not there from the current folder is looked for in the checkout, so that the shipped gates are
+    found from a notebook anywhere.
+    """
+    if not path.is_absolute() and not path.exists():
+        shipped = Path(__file__).resolve().parents[2] / path
+        path = shipped if shipped.exists() else path
     return validate(Gate, read_yaml("gate", path), where=str(path))
 
 

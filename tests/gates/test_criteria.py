@@ -131,3 +131,12 @@ def test_a_mistake_is_one_line_that_names_file_and_field(tmp_path, changes, said
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml is not a file"):
         load_gate(tmp_path / "none.yaml")
+
+
+def test_the_shipped_gate_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_gate(Path("configs/gates/default.yaml")).name == "default"
+    (tmp_path / "configs/gates").mkdir(parents=True)
+    here = {"name": "here", "criteria": [{"criterion": "c", "metric": "fvu", "op": "<=", "threshold": 1, "why": "w"}]}
+    (tmp_path / "configs/gates/default.yaml").write_text(yaml.safe_dump(here))
+    assert load_gate(Path("configs/gates/default.yaml")).name == "here"
