@@ -33,11 +33,11 @@ from raysae.activations.store import Store
 from raysae.cluster import place_trials
 from raysae.sae.train import InputScale, Member, Pack
 from raysae.sweep.on_ray import PackSearch, run_sweep
-from raysae.sweep.space import members, proposals, recipe
+from raysae.sweep.space import Common, members, proposals, recipe
 from raysae.sweep.trial import Trial
 
 SITE, D_IN, BATCH, RUNGS = "blocks.2.resid_post", 96, 2048, 5
-RATES = (None, 2e-4)
+COMMON = Common()
 PLAN = proposals(
     {SITE: D_IN}, ("relu", "topk"), (4, 8), {"relu": (0.02, 0.05, 0.1, 0.2), "topk": (4, 8, 16, 32)}, samples=0
 )
@@ -80,10 +80,10 @@ def write_activations(path: Path) -> Path:
 def measure(store: Path, root: Path, steps: int) -> dict[str, float]:
     """Seconds of the sweep and of the bare steps, and where the sweep's time went."""
     shared = recipe(steps * BATCH, BATCH, 0.05, 0.2, 0.1, 1_000_000)
-    saes = [member for p in PLAN for member in members(p, p.coefficient or 0, D_IN, [0], *RATES)]
+    saes = [member for p in PLAN for member in members(p, p.coefficient or 0, D_IN, [0], COMMON)]
     trial = Trial(store, shared, RUNGS, 0, root, {"model_name": "synthetic"})
     placement = place_trials(common.cores(), 0, cpus_per_trial=1, gpus_per_trial=1)
-    search = PackSearch(PLAN, {SITE: D_IN}, {}, [0], RATES, pack_size=1, seed=0)
+    search = PackSearch(PLAN, {SITE: D_IN}, {}, [0], COMMON, pack_size=1, seed=0)
 
     def bare(member: Member) -> float:
         opened = Store(store)

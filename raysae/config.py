@@ -22,6 +22,7 @@ from raysae.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Job = TypeVar("Job", bound="Section")
 
@@ -127,20 +128,36 @@ class PruneConfig(Section):
 
 class SweepConfig(Section):
     architectures: Annotated[tuple[str, ...], Field(min_length=1)] = ("relu", "topk")
-    """SAE architectures to search: relu, topk, batchtopk."""
+    """SAE architectures to search: relu, relu_unit_norm, p_anneal, gated (set by l1), topk, abstopk, batchtopk, matryoshka
+    (by k), jumprelu (by target_l0), jumprelu_l0, jumprelu_tanh (by l0)."""
     expansion_factors: Widths = (4, 8)
     """d_sae / d_in; `[2,4,...,32]` for the 16 widths of the phased programme. Each is sampled equally often."""
     search: Literal["optuna", "grid"] = "optuna"
     """optuna chooses the coefficients; grid trains every combination."""
     l1_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 0.5)
-    """Log-uniform range of the ReLU SAEs' L1 coefficient: loss = sum_d (x-x_hat)^2 + l1 sum_j f_j |W_dec_j|, inputs scaled
-    to mean |x|^2 = 1 (optuna)."""
+    """Log-uniform range of L1 coefficients: loss = sum_d (x-x_hat)^2 + l1 sum_j f_j |W_dec_j|, inputs scaled to mean
+    |x|^2 = 1 (optuna)."""
     l1_coefficients: Widths = (0.02, 0.06, 0.2)
     """L1 coefficients of the grid."""
+    l1_units: str = "unit_norm"
+    """Convention in which L1 coefficients are given here: unit_norm (as above), sqrt_d (inputs of norm sqrt(d_in)),
+    mean_error (mean over d of the error, z-scored inputs), mean_error_mean_latents. The table states them as unit_norm."""
     k_range: tuple[PositiveInt, PositiveInt] = (4, 32)
     """Log-uniform range of k of the TopK family (optuna)."""
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16, 32)
     """k of the TopK family of the grid."""
+    target_l0_range: tuple[PositiveFloat, PositiveFloat] = (4, 32)
+    """Log-uniform range of the L0 that a jumprelu is trained to have (optuna)."""
+    target_l0: Widths = (8, 16, 32)
+    """Target L0s of the grid."""
+    l0_range: tuple[PositiveFloat, PositiveFloat] = (0.001, 0.1)
+    """Log-uniform range of the L0 coefficients of jumprelu_l0 and jumprelu_tanh (optuna)."""
+    l0_coefficients: Widths = (0.003, 0.01, 0.03)
+    """L0 coefficients of the grid."""
+    ranges: dict[str, tuple[PositiveFloat, PositiveFloat]] = {}
+    """Range of an architecture's coefficient in place of the one above, such as {gated: [0.01, 0.1]} (optuna)."""
+    coefficients: dict[str, Widths] = {}
+    """An architecture's coefficients in place of those above, such as {gated: [0.02, 0.04]} (grid)."""
     samples: PositiveInt = 4
     """SAEs per architecture, expansion factor and seed that Optuna proposes."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
@@ -152,13 +169,28 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _ranges_are_ordered(self) -> SweepConfig:
-        for name in ("l1_range", "k_range"):
-            low, high = getattr(self, name)
+        given = {name: getattr(self, name) for name in ("l1_range", "k_range", "target_l0_range", "l0_range")}
+        for name, (low, high) in {**given, **{f"ranges.{a}": r for a, r in self.ranges.items()}}.items():
             if low > high:
                 raise ValueError(f"{name} must be [low, high], got [{low}, {high}]")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, got {list(self.seeds)}: the same seed makes the same SAE")
         return self
+
+
+class LossesConfig(Section):
+    decorrelation: NonNegativeFloat = 0.0
+    """Weight of the mean squared cosine between decoder rows."""
+    max_cosine: NonNegativeFloat = 0.0
+    """Weight of a hinge on each decoder row's largest cosine with another."""
+    max_cosine_above: Fraction = 0.5
+    """Cosine from which that hinge costs."""
+    probe: NonNegativeFloat = 0.0
+    """Weight of a jointly trained linear probe's cross-entropy for `probe_label`, read from the latents."""
+    probe_label: Literal["step"] = "step"
+    """Integer column of the token rows that the probe predicts; negative values are no label."""
+    temporal: NonNegativeFloat = 0.0
+    """Weight of the mean squared change of the latents between neighbouring tokens; batches then hold whole examples."""
 
 
 class TrainingConfig(Section):
@@ -174,10 +206,21 @@ class TrainingConfig(Section):
     """Share of the steps over which the learning rate rises linearly."""
     decay_fraction: Fraction = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    l1_warmup_fraction: Fraction = 0.1
-    """Share of the steps over which the L1 coefficient rises linearly."""
+    sparsity_warmup_fraction: Fraction = 0.1
+    """Share of the steps over which the sparsity coefficient rises linearly."""
     dead_after_tokens: PositiveInt = 1_000_000
     """A latent that has not fired for so many training tokens is dead (in shorter runs: for half of the tokens)."""
+    losses: LossesConfig = LossesConfig()
+    """Terms of the loss beside reconstruction and sparsity; all off by default."""
+    b_dec: Literal["mean", "geometric_median", "zero"] = "mean"
+    """Where the decoder bias starts."""
+    initialisation: Literal["random", "rows"] = "random"
+    """Where decoder rows point at the start: at random, or from b_dec to activations drawn from the training rows."""
+    resample_at: tuple[Fraction, ...] = ()
+    """Shares of the training after which dead latents of architectures without AuxK start anew, at badly reconstructed
+    rows."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the hardware gains. Parameters and Adam's state are float32."""
     rungs: PositiveInt = 5
     """How often a trial reports, saves a checkpoint and may be pruned."""
 
@@ -251,7 +294,9 @@ class SweepJob(Section):
 
 
 def load_config(job: type[Job], argv: list[str] | None = None, config: str | Path | None = None) -> Job:
-    """The job's config from `--config FILE` (or `config`) and dotted overrides; the command line wins over the file.
+    """The job's config from `--config FILE ...` (or `config`) and dotted overrides.
+
+    Of several files a later one wins over an earlier, and the command line over all.
 
     Raises UserError with one line for a wrong field, value or file; `--help` prints a line per field and exits 0.
     """
@@ -259,7 +304,10 @@ def load_config(job: type[Job], argv: list[str] | None = None, config: str | Pat
     parser = _Parser(
         prog=Path(sys.argv[0]).name, description=job.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", type=Path, default=config, help="YAML file with any of the fields below")
+    parser.add_argument(
+        "--config", type=Path, nargs="+", default=[Path(config)] if config else [],
+        help="YAML files with any of the fields below; a later one wins, such as a recipe over a config",
+    )  # fmt: skip
     settings = type(job.__name__, (BaseSettings, job), {"model_config": SettingsConfigDict(**job.model_config)})
     source = CliSettingsSource[_Parser](
         settings,
@@ -271,10 +319,12 @@ def load_config(job: type[Job], argv: list[str] | None = None, config: str | Pat
     )
     parser.fields = frozenset(name for action in parser._actions for name in action.option_strings)
     arguments = parser.parse_args(argv)
-    values = read_yaml("config", arguments.config) if arguments.config else {}
-    config_path = vars(arguments).pop("config")
+    files = vars(arguments).pop("config")
+    values: dict[str, Any] = {}
+    for file in files:
+        values = _merge(values, read_yaml("config", file))
     overrides = source(parsed_args=vars(arguments))()
-    return validate(job, _merge(values, overrides), where=str(config_path) if config_path else None)
+    return validate(job, _merge(values, overrides), where=", ".join(map(str, files)) or None)
 
 
 def validate(job: type[Job], values: dict[str, Any], where: str | None = None) -> Job:

@@ -6,7 +6,7 @@ inputs to a directory (`artifacts.stage`); Ray is started only if a stage has wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from raysae import __version__
 from raysae.artifacts import Stage, fingerprint, link_or_copy, read_json, sha256_of, stage, write_atomic, write_json
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
-from raysae.config import SweepJob, dump_yaml
+from raysae.config import SweepConfig, SweepJob, dump_yaml
 from raysae.data.records import read_records, write_records
 from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
@@ -35,10 +35,12 @@ from raysae.report.page import write_report
 from raysae.run import Run
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
+from raysae.sae.conventions import L1_UNITS
+from raysae.sae.losses import Losses
 from raysae.sae.sae import SAE, fold
 from raysae.sae.train import InputScale
-from raysae.sweep.collect import CURVES, curves, training_table
-from raysae.sweep.space import COEFFICIENT, proposals, recipe
+from raysae.sweep.collect import curves, training_table
+from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
 STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 1, "evaluation": 1}
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
@@ -71,9 +73,16 @@ class Flow:
         self.finished: list[Stage] = []
         self._cluster: Cluster | None = None
         self._fingerprints: dict[str, dict[str, str | None]] = {}
-        unknown = [a for a in config.sweep.architectures if a not in COEFFICIENT]
-        if unknown:
-            raise UserError(f"sweep.architectures: {unknown[0]!r} is not allowed; allowed: {', '.join(COEFFICIENT)}")
+        s = config.sweep
+        for field, names, known in (
+            ("architectures", s.architectures, COEFFICIENT),
+            ("ranges", s.ranges, COEFFICIENT),
+            ("coefficients", s.coefficients, COEFFICIENT),
+            ("l1_units", [s.l1_units], L1_UNITS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UserError(f"sweep.{field}: {name!r} is not allowed; allowed: {', '.join(known)}")
         self._check_run()
 
     def run(self) -> Run:
@@ -219,26 +228,28 @@ class Flow:
         s, t = self.config.sweep, self.config.training
         opened = Store(store.path)
         widths = {site: opened.d_model(site) for site in opened.sites}
-        values = {"l1_coefficient": s.l1_coefficients, "k": s.k}
-        ranges = {"l1_coefficient": s.l1_range, "k": s.k_range}
-        grid = {a: values[COEFFICIENT[a]] for a in s.architectures} if s.search == "grid" else None
-        plan = proposals(widths, s.architectures, s.expansion_factors, grid, s.samples)
+        ranges, grid = _coefficients(s)
+        plan = proposals(widths, s.architectures, s.expansion_factors, grid if s.search == "grid" else None, s.samples)
         shared = recipe(
-            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.l1_warmup_fraction, t.dead_after_tokens
+            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.sparsity_warmup_fraction, t.dead_after_tokens,
+            t.resample_at, t.precision,
+        )  # fmt: skip
+        label = t.losses.probe_label if t.losses.probe > 0 else None
+        losses = Losses(
+            **t.losses.model_dump(exclude={"probe_label"}),
+            probe_classes=opened.label_count("train", label) if label else 0,
         )
+        common = Common(t.learning_rate, t.base_learning_rate, losses, s.l1_units)
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.sweep.on_ray import PackSearch, run_sweep
-            from raysae.sweep.trial import Trial
+            from raysae.sweep.trial import Start, Trial
 
             if store.reused:
                 opened.verify()
             placement = self.cluster.trials()
             pack_size = s.pack_size if s.pack_size != "auto" else (8 if placement.gpus else 1)
-            search = PackSearch(
-                plan, widths, {a: ranges[COEFFICIENT[a]] for a in s.architectures}, s.seeds,
-                (t.learning_rate, t.base_learning_rate), pack_size, self.config.seed,
-            )  # fmt: skip
+            search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
             trial = Trial(
                 store.path,
                 shared,
@@ -246,9 +257,12 @@ class Flow:
                 self.config.seed,
                 path,
                 self._saelens_metadata(store, tokens.manifest["context_length"]),
+                Start(t.b_dec, t.initialisation == "rows"),
+                label,
+                t.losses.temporal > 0,
             )
             prune = s.prune.margin if s.prune.enabled else None
-            grace = max(s.prune.grace_fraction, t.l1_warmup_fraction, t.warmup_fraction)
+            grace = max(s.prune.grace_fraction, t.sparsity_warmup_fraction, t.warmup_fraction)
             say(
                 f"sweep: {len(plan) * len(s.seeds)} SAEs of {shared.steps * t.batch_size:,} tokens each, "
                 f"{placement.workers} at once; watch: tensorboard --logdir {path / 'tune'}"
@@ -261,7 +275,7 @@ class Flow:
             if not (table["status"] != "error").any():
                 raise RuntimeError(f"every trial failed; the first: {table['status_reason'].iloc[0]}")
             table.to_parquet(path / "table.parquet", index=False)
-            curves(path).reindex(columns=CURVES).to_parquet(path / "curves.parquet", index=False)
+            curves(path).to_parquet(path / "curves.parquet", index=False)
             trained = float(table["train_seconds"].sum())
             held = _held(placement.cpus, placement.gpus)(trained)
             return {"saes": len(table), "cost": {"tokens": int(table["tokens"].sum()), **held}}
@@ -495,11 +509,8 @@ class Flow:
                 name = f"control-untrained-{architecture}-{d_sae}-{site}"
                 knob = COEFFICIENT[str(architecture)]
                 typical = rows[knob].median()
-                config = SAEConfig(
-                    str(architecture), store.d_model(site), d_sae, seed=self.config.seed,
-                    k=int(typical) if knob == "k" else None,
-                    l1_coefficient=float(typical) if knob == "l1_coefficient" else None,
-                )  # fmt: skip
+                options: dict[str, Any] = {knob: int(typical) if knob == "k" else float(typical)}
+                config = SAEConfig(str(architecture), store.d_model(site), d_sae, seed=self.config.seed, **options)
                 scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
                 start = initial_parameters(config, scale.mean * scale.factor)
                 formats.save(SAE(config, fold(start, scale.factor)), path / "controls" / name)
@@ -531,6 +542,26 @@ def _control_shape(sae_id: str, store: Stage) -> dict[str, float]:
     """d_sae and expansion factor of `control-untrained-<architecture>-<d_sae>-<site>`."""
     d_sae, site = sae_id.split("-", 4)[3:]
     return {"d_sae": int(d_sae), "expansion_factor": int(d_sae) / store.manifest["sites"][site]["d_model"]}
+
+
+def _coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], dict[str, Sequence[float]]]:
+    """(ranges for Optuna, values of a grid) of the sparsity coefficient, by architecture."""
+    ranges: dict[str, tuple[float, float]] = {
+        "l1_coefficient": sweep.l1_range,
+        "k": sweep.k_range,
+        "target_l0": sweep.target_l0_range,
+        "l0_coefficient": sweep.l0_range,
+    }
+    values: dict[str, Sequence[float]] = {
+        "l1_coefficient": sweep.l1_coefficients,
+        "k": sweep.k,
+        "target_l0": sweep.target_l0,
+        "l0_coefficient": sweep.l0_coefficients,
+    }
+    return (
+        {a: sweep.ranges.get(a, ranges[COEFFICIENT[a]]) for a in sweep.architectures},
+        {a: sweep.coefficients.get(a, values[COEFFICIENT[a]]) for a in sweep.architectures},
+    )
 
 
 def _held(cpus: float, gpus: float) -> Callable[[float], dict[str, float]]:

@@ -86,7 +86,7 @@ def tiny_store(
                 "sequence_id": pa.array(np.zeros(n, np.int32)),
                 "position": pa.array(np.array(given.get("position", np.arange(n)), np.int32)),
                 "token_id": pa.array(np.zeros(n, np.int32)),
-                "step": pa.array(np.zeros(n, np.int16)),
+                "step": pa.array(np.array(given.get("step", np.zeros(n)), np.int16)),
                 "split": pa.array([split] * n).dictionary_encode(),
             }
         )

@@ -153,26 +153,77 @@ class Store:
 
         An example that was cut over several shards comes once, whole.
         """
-        names = self.names(split)
-        tables = [self.row_columns(name, ("example_id", "position")) for name in names]
+        index = _RowIndex(self, split)
+        for rows in index.examples:
+            yield index.example_id(rows[0]), index.positions[rows], self._gather(site, index, rows)
+
+    def labelled_batches(
+        self, site: str, split: str, batch_size: int, label: str, *, neighbours: bool, seed: int = 0, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches (x [n, d_model], the integer column `label` [n], follows [n]) without end, for losses that need them.
+
+        follows: the row is the next token of the example that the row before it is of. With `neighbours`, examples come
+        whole and in order, in an order of examples drawn anew each epoch; else rows come as in `batches`, and none follows.
+        """
+        index = _RowIndex(self, split, label)
+        order = lru_cache(maxsize=2)(lambda epoch: index.order(np.random.default_rng([seed, epoch]), neighbours))
+        total, batch = len(index.positions), start
+        while True:
+            epoch, first = divmod(batch * batch_size, total)
+            rows = order(epoch)[first : first + batch_size]
+            while len(rows) < batch_size:  # on across epochs
+                epoch += 1
+                rows = np.concatenate([rows, order(epoch)[: batch_size - len(rows)]])
+            follows = np.zeros(batch_size, dtype=bool)
+            same = index.codes[rows[1:]] == index.codes[rows[:-1]]
+            follows[1:] = neighbours & same & (index.positions[rows[1:]] == index.positions[rows[:-1]] + 1)
+            labels = torch.from_numpy(index.labels[rows].astype(np.int64))
+            yield self._gather(site, index, rows), labels, torch.from_numpy(follows)
+            batch += 1
+
+    def label_count(self, split: str, label: str) -> int:
+        """One more than the largest value of an integer column."""
+        return 1 + max(
+            (int(self.row_columns(n, (label,))[label].to_numpy().max()) for n in self.names(split)), default=-1
+        )
+
+    def _gather(self, site: str, index: _RowIndex, rows: np.ndarray) -> Tensor:
+        """x [n, d_model] of rows of the index."""
+        x = torch.empty(len(rows), self.d_model(site), dtype=self.shard(site, index.names[0]).dtype)
+        shard_of, row_of = index.shard_of[rows], torch.from_numpy(index.row_of[rows])
+        for s in np.unique(shard_of):
+            inside = torch.from_numpy(np.flatnonzero(shard_of == s))
+            x[inside] = self.shard(site, index.names[s])[row_of[inside]]
+        return x
+
+
+class _RowIndex:
+    """Where each row of a split lies, and whose it is, as arrays over all of its rows in stored order."""
+
+    def __init__(self, store: Store, split: str, label: str | None = None) -> None:
+        self.names = store.names(split)
+        columns = ["example_id", "position", *([label] if label else [])]
+        tables = [store.row_columns(name, columns) for name in self.names]
         ids = pa.concat_tables(tables)["example_id"].combine_chunks().dictionary_encode()
-        if isinstance(ids, pa.ChunkedArray):
-            ids = ids.combine_chunks()
-        codes = ids.indices.to_numpy()
-        positions = np.concatenate([t["position"].to_numpy() for t in tables])
-        shard_of = np.repeat(np.arange(len(names)), [t.num_rows for t in tables])
-        row_of = np.concatenate([np.arange(t.num_rows) for t in tables])
-        order = np.lexsort((positions, codes))
-        bounds = np.flatnonzero(np.diff(codes[order])) + 1
-        maps = [self.shard(site, name) for name in names]
-        for rows in np.split(order, bounds):
-            parts = []
-            for s in np.unique(shard_of[rows]):
-                inside = shard_of[rows] == s
-                parts.append((np.flatnonzero(inside), maps[s][torch.from_numpy(row_of[rows][inside])]))
-            x = torch.cat([p for _, p in parts])
-            x = x[torch.from_numpy(np.argsort(np.concatenate([i for i, _ in parts])))] if len(parts) > 1 else x
-            yield ids.dictionary[int(codes[rows[0]])].as_py(), positions[rows], x
+        self._ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+        self.codes: np.ndarray = self._ids.indices.to_numpy()
+        self.positions = np.concatenate([t["position"].to_numpy() for t in tables])
+        self.labels = np.concatenate([t[label].to_numpy() for t in tables]) if label else np.empty(0)
+        self.shard_of = np.repeat(np.arange(len(self.names)), [t.num_rows for t in tables])
+        self.row_of = np.concatenate([np.arange(t.num_rows) for t in tables])
+        in_order = np.lexsort((self.positions, self.codes))
+        self.examples = np.split(in_order, np.flatnonzero(np.diff(self.codes[in_order])) + 1)
+
+    def example_id(self, row: int) -> str:
+        return self._ids.dictionary[int(self.codes[row])].as_py()
+
+    def order(self, rng: np.random.Generator, neighbours: bool) -> np.ndarray:
+        """An epoch's order of the rows: by shuffled example, or by shuffled shard."""
+        if neighbours:
+            return np.concatenate([self.examples[i] for i in rng.permutation(len(self.examples))])
+        starts = np.flatnonzero(np.r_[True, np.diff(self.shard_of) > 0])
+        shards = np.split(np.arange(len(self.shard_of)), starts[1:])
+        return np.concatenate([shards[i] for i in rng.permutation(len(shards))])
 
 
 def _model(fingerprint: dict[str, Any]) -> str:

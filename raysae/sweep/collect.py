@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from raysae.artifacts import read_json
+from raysae.sae.architectures import COEFFICIENTS
 
 FACTS = [
-    "sae_id", "site", "architecture", "d_in", "d_sae", "expansion_factor", "l1_coefficient", "k", "seed",
+    "sae_id", "site", "architecture", "d_in", "d_sae", "expansion_factor", *COEFFICIENTS, "seed",
     "learning_rate", "status", "status_reason", "tokens", "unique_tokens", "loss", "dead_fraction",
     "dead_window_tokens", "train_seconds",
 ]  # fmt: skip
@@ -20,7 +21,13 @@ CURVES = ["sae_id", "tokens", "fvu", "l0", "loss", "dead_fraction", "learning_ra
 
 
 def curves(root: Path) -> pd.DataFrame:
-    """Every rung of every SAE below `root/history`, the last writing of each."""
+    """The training curves below `root/history`: CURVES, and each loss term's share of the gradient as `share_<term>`."""
+    rungs = _history(root)
+    return rungs[CURVES + [name for name in rungs if name.startswith("share_")]]
+
+
+def _history(root: Path) -> pd.DataFrame:
+    """Every rung of every SAE, the last writing of each."""
     lines = [json.loads(line) for file in sorted((root / "history").glob("*.jsonl")) for line in file.open()]
     frame = pd.DataFrame(lines)
     return frame.drop_duplicates(["sae_id", "tokens"], keep="last").sort_values(["sae_id", "tokens"], ignore_index=True)
@@ -35,7 +42,9 @@ def training_table(
     trials that failed for good. Fidelity is measured later, on whole splits.
     """
     last = (
-        curves(root).groupby("sae_id", sort=False).tail(1).set_index("sae_id") if (root / "history").exists() else None
+        _history(root).groupby("sae_id", sort=False).tail(1).set_index("sae_id")
+        if (root / "history").exists()
+        else None
     )
     rows = []
     for sae_id, facts in ({} if last is None else last.to_dict("index")).items():

@@ -28,11 +28,15 @@ from ray.tune.search import Searcher
 from raysae.artifacts import write_json
 from raysae.cluster import Placement, device
 from raysae.progress import Progress, say
-from raysae.sae.architectures import SAEConfig
+from raysae.sae.architectures import COEFFICIENTS, SAEConfig
+from raysae.sae.losses import Losses
 from raysae.sae.train import Member
 from raysae.sweep.prune import Standing, reason_to_stop
-from raysae.sweep.space import COEFFICIENT, Proposal, members
+from raysae.sweep.space import COEFFICIENT, Common, Proposal, members
 from raysae.sweep.trial import Rung, Trial, train_pack
+
+OUT_OF_MEMORY = "out_of_memory"
+"""In a trial's last report: its pack did not fit the device."""
 
 
 class PackSearch(Searcher):
@@ -45,30 +49,28 @@ class PackSearch(Searcher):
         widths: Mapping[str, int],
         ranges: Mapping[str, tuple[float, float]],
         seeds: Sequence[int],
-        rates: tuple[float | None, float],
+        common: Common,
         pack_size: int,
         seed: int,
     ) -> None:
         super().__init__()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.plan, self.widths, self.ranges = list(plan), dict(widths), dict(ranges)
-        self.seeds, self.rates, self.pack_size, self.seed = list(seeds), rates, pack_size, seed
+        self.seeds, self.common, self.pack_size, self.seed = list(seeds), common, pack_size, seed
         self.queue: dict[str, list[tuple[int, Member]]] = defaultdict(list)  # members by site, not yet in a pack
         self.next_proposal = 0
         self.studies: dict[tuple[str, str], optuna.Study] = {}
         self.open: dict[int, tuple[tuple[str, str], optuna.trial.Trial]] = {}
         self.outcomes: dict[int, list[tuple[float, float] | None]] = defaultdict(list)
-        self.packs: dict[str, list[tuple[int, str]]] = {}
+        self.packs: dict[str, list[tuple[int, Member]]] = {}
+        self.sites: dict[str, str] = {}
         self.last: dict[str, tuple[float, float]] = {}
         self.proposed: dict[tuple[str, str, float], set[float]] = defaultdict(set)
 
     @property
-    def total_packs(self) -> int:
-        """Packs that the whole plan makes: those of one site are never mixed with another's."""
-        per_site: dict[str, int] = defaultdict(int)
-        for proposal in self.plan:
-            per_site[proposal.site] += len(self.seeds)
-        return sum(-(-count // self.pack_size) for count in per_site.values())
+    def most_trials(self) -> int:
+        """Trials that the plan can make: one per SAE, twice as many where packs may have to be split."""
+        return len(self.plan) * len(self.seeds) * (1 if self.pack_size == 1 else 2)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
@@ -77,15 +79,15 @@ class PackSearch(Searcher):
         while self.next_proposal < len(self.plan) and not any(len(q) >= self.pack_size for q in self.queue.values()):
             proposal = self.plan[self.next_proposal]
             self.next_proposal += 1
-            made = members(proposal, self._coefficient(proposal), self.widths[proposal.site], self.seeds, *self.rates)
+            made = members(proposal, self._coefficient(proposal), self.widths[proposal.site], self.seeds, self.common)
             self.queue[proposal.site] += [(proposal.index, member) for member in made]
         ready = [site for site, queue in self.queue.items() if len(queue) >= self.pack_size]
         ready = ready or [site for site, queue in self.queue.items() if queue]
-        if not ready:
-            return Searcher.FINISHED
+        if not ready:  # a pack in training may yet come back to be split
+            return None if any(len(pack) > 1 for pack in self.packs.values()) else Searcher.FINISHED
         site = ready[0]
         pack, self.queue[site] = self.queue[site][: self.pack_size], self.queue[site][self.pack_size :]
-        self.packs[trial_id] = [(index, member.sae_id) for index, member in pack]
+        self.packs[trial_id], self.sites[trial_id] = pack, site
         config: dict[str, Any] = {"site": site, "members": [asdict(member) for _, member in pack]}
         if len(pack) == 1:  # shown in Tune's table and TensorBoard
             c = pack[0][1].config
@@ -130,8 +132,15 @@ class PackSearch(Searcher):
             self.last[sae_id] = (found["fvu"], found["l0"])
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        pack = self.packs.pop(trial_id, [])
+        if (result or {}).get(OUT_OF_MEMORY):  # its members come again, in packs of half the size
+            self.pack_size = min(self.pack_size, max(1, len(pack) // 2))
+            self.queue[self.sites[trial_id]] += pack
+            say(f"sweep: {trial_id} ran out of device memory; its {len(pack)} SAEs go on in packs of {self.pack_size}")
+            return
         self.on_trial_result(trial_id, result or {})
-        for index, sae_id in self.packs.pop(trial_id, []):
+        for index, member in pack:
+            sae_id = member.sae_id
             pair = self.last.pop(sae_id, (float("nan"), float("nan")))
             self.outcomes[index].append(None if error or any(v != v for v in pair) else pair)
             if index in self.open and len(self.outcomes[index]) == len(self.seeds):
@@ -198,7 +207,10 @@ class SweepProgress(Callback):
 def run_trial(config: dict[str, Any], trial: Trial, threads: int, margin: float | None, after_tokens: float) -> None:
     """Tune's trainable: one pack from its checkpoint, if it has one, to the end."""
     torch.set_num_threads(threads)
-    pack = [Member(m["sae_id"], SAEConfig(**m["config"]), m["learning_rate"]) for m in config["members"]]
+    pack = [
+        Member(m["sae_id"], SAEConfig(**m["config"]), m["learning_rate"], Losses(**m["losses"]))
+        for m in config["members"]
+    ]
 
     def report(rung: Rung) -> Iterable[str]:
         flat = next(iter(rung.metrics.values())) if len(config["members"]) == 1 else {"members": rung.metrics}
@@ -218,11 +230,13 @@ def run_trial(config: dict[str, Any], trial: Trial, threads: int, margin: float 
         return stopped
 
     checkpoint = tune.get_checkpoint()
-    if checkpoint is None:
-        train_pack(trial, config["site"], pack, report, None, device())
-    else:
-        with checkpoint.as_directory() as directory:
-            train_pack(trial, config["site"], pack, report, Path(directory), device())
+    try:
+        with contextlib.nullcontext() if checkpoint is None else checkpoint.as_directory() as directory:
+            train_pack(trial, config["site"], pack, report, None if directory is None else Path(directory), device())
+    except torch.OutOfMemoryError:
+        if len(pack) == 1:
+            raise
+        tune.report({OUT_OF_MEMORY: True, "final": True})
 
 
 def run_sweep(
@@ -258,7 +272,7 @@ def run_sweep(
                 tune_config=TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
-                    num_samples=search.total_packs,
+                    num_samples=search.most_trials,
                     max_concurrent_trials=placement.workers,
                     reuse_actors=True,
                     trial_name_creator=_trial_name,
@@ -300,7 +314,7 @@ class Table(CLIReporter):
     def __init__(self) -> None:
         super().__init__(
             metric_columns=["tokens", "fvu", "l0", "dead_fraction"],
-            parameter_columns=["expansion_factor", "l1_coefficient", "k", "seed"],
+            parameter_columns=["expansion_factor", *COEFFICIENTS, "seed"],
             max_report_frequency=60,
             print_intermediate_tables=True,
         )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
+from raysae.sae.conventions import l1_in_unit_norm
+from raysae.sae.losses import Losses
 from raysae.sae.train import Member, Recipe
 
 COEFFICIENT = {name: architecture.coefficient for name, architecture in ARCHITECTURES.items()}
@@ -52,25 +54,40 @@ def proposals(
     return [Proposal(i, *point) for i, point in enumerate(points)]
 
 
-def members(
-    proposal: Proposal,
-    coefficient: float,
-    d_in: int,
-    seeds: Sequence[int],
-    learning_rate: float | None,
-    base_learning_rate: float,
-) -> list[Member]:
-    """The SAEs of a proposal, one per seed. Learning rate ∝ 1/sqrt(d_sae) from its base at 16384, unless given."""
+@dataclass(frozen=True)
+class Common:
+    """What the SAEs of a sweep have in common beside the recipe."""
+
+    learning_rate: float | None = None
+    """Of every width; None: base_learning_rate · sqrt(16384 / d_sae)."""
+    base_learning_rate: float = 2e-4
+    losses: Losses = field(default_factory=Losses)
+    l1_units: str = "unit_norm"
+    """In which L1 coefficients are stated (`conventions.L1_UNITS`)."""
+
+
+SHOWN = {"k": "k", "l1_coefficient": "l1_", "target_l0": "target", "l0_coefficient": "l0_"}
+"""How a coefficient is named in an SAE's id."""
+
+
+def members(proposal: Proposal, coefficient: float, d_in: int, seeds: Sequence[int], common: Common) -> list[Member]:
+    """The SAEs of a proposal, one per seed."""
     d_sae = max(1, round(proposal.expansion_factor * d_in))
-    rate = learning_rate if learning_rate is not None else base_learning_rate * math.sqrt(2**14 / d_sae)
+    rate = common.learning_rate
+    rate = rate if rate is not None else common.base_learning_rate * math.sqrt(2**14 / d_sae)
     name = COEFFICIENT[proposal.architecture]
-    value = min(int(coefficient), d_sae) if name == "k" else float(coefficient)
-    shown = f"k{value}" if name == "k" else f"l1_{value:.3g}"
+    value: float = min(int(coefficient), d_sae) if name == "k" else float(coefficient)
+    if name == "l1_coefficient":
+        value = l1_in_unit_norm(value, common.l1_units, d_in, d_sae)
+    if name == "target_l0":
+        value = min(value, d_sae)
+    shown = f"{SHOWN[name]}{value:.3g}" if name != "k" else f"k{value}"
     kind = f"{proposal.index:03d}-{proposal.architecture}-x{proposal.expansion_factor:g}-{shown}"
     made = []
     for seed in seeds:
         options: dict[str, Any] = {name: value, "seed": seed}
-        made.append(Member(f"{kind}-s{seed}", SAEConfig(proposal.architecture, d_in, d_sae, **options), rate))
+        config = SAEConfig(proposal.architecture, d_in, d_sae, **options)
+        made.append(Member(f"{kind}-s{seed}", config, rate, common.losses))
     return made
 
 
@@ -79,8 +96,10 @@ def recipe(
     batch_size: int,
     warmup_fraction: float,
     decay_fraction: float,
-    l1_warmup_fraction: float,
+    sparsity_warmup_fraction: float,
     dead_after_tokens: int,
+    resample_at: Sequence[float] = (),
+    precision: str = "float32",
 ) -> Recipe:
     """The recipe in steps. In a run too short for `dead_after_tokens`, silence for half of its tokens is death."""
     steps = max(1, tokens // batch_size)
@@ -89,6 +108,8 @@ def recipe(
         batch_size=batch_size,
         warmup_steps=round(warmup_fraction * steps),
         decay_steps=round(decay_fraction * steps),
-        l1_warmup_steps=round(l1_warmup_fraction * steps),
+        sparsity_warmup_steps=round(sparsity_warmup_fraction * steps),
         dead_after_tokens=min(dead_after_tokens, max(batch_size, steps * batch_size // 2)),
+        resample_steps=tuple(round(share * steps) for share in resample_at),
+        precision=precision,
     )

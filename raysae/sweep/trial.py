@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from raysae.activations.store import Store
 from raysae.artifacts import read_json, write_json
 from raysae.sae import formats
+from raysae.sae.architectures import COEFFICIENTS
+from raysae.sae.losses import Batch
 from raysae.sae.metrics import RowSums
-from raysae.sae.train import InputScale, Member, Pack, Recipe
+from raysae.sae.train import InputScale, Member, Pack, Recipe, geometric_median
 
 SAMPLE_ROWS = 8192
 """Validation rows on which a rung measures FVU and L0."""
@@ -33,6 +35,14 @@ class Rung:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where SAEs start: b_dec at the `mean`, `geometric_median` or `zero`, latents at random or at training rows."""
+
+    b_dec: str = "mean"
+    at_rows: bool = False
+
+
+@dataclass(frozen=True)
 class Trial:
     """What every trial of a sweep shares."""
 
@@ -44,6 +54,11 @@ class Trial:
     """Of the sweep: finished SAEs go to `saes/<sae_id>/`, each rung's metrics to `history/<sae_id>.jsonl`."""
     metadata: dict[str, Any]
     """SAELens metadata of every SAE: model_name, context_size, ..."""
+    start: Start = field(default_factory=lambda: Start())
+    label: str | None = None
+    """Row column that a probe-guided loss reads."""
+    neighbours: bool = False
+    """Whether batches hold whole examples in order, for a loss on neighbouring tokens."""
 
 
 def train_pack(
@@ -62,14 +77,14 @@ def train_pack(
     """
     store = Store(trial.store)
     recipe = trial.recipe
-    scale = InputScale(store.mean(site).to(torch.float32), store.site(site)["mean_square_norm"])
-    pack = Pack(members, recipe, scale, device)
+    pack = Pack(members, recipe, input_scale(store, site, trial.start), device)
     seconds = 0.0
     if resume is not None:
         pack.load(resume)
         seconds = read_json(resume / "trial.json")["train_seconds"]
     sample = store.head(site, "validation", SAMPLE_ROWS).to(pack.device, torch.float32)
-    stream = store.batches(site, "train", recipe.batch_size, seed=trial.stream_seed, start=pack.step)
+    first = next(_stream(trial, store, site, 0))
+    stream = _stream(trial, store, site, pack.step)
     for goal in _rungs(recipe.steps, trial.rungs):
         if goal <= pack.step and not (goal == recipe.steps == pack.step):
             continue
@@ -79,7 +94,7 @@ def train_pack(
             torch.cuda.synchronize(pack.device)
         seconds += time.perf_counter() - start
         facts = {"tokens": pack.tokens, "train_seconds": seconds / len(pack.alive), "site": site}
-        metrics = {m.sae_id: facts | _describe(m) | _measure(pack, m, sample) for m in pack.alive}
+        metrics = {m.sae_id: facts | _describe(m) | _measure(pack, m, sample, first) for m in pack.alive}
         final = goal == recipe.steps
         for member in pack.alive:
             _append_history(trial, metrics[member.sae_id])
@@ -95,6 +110,31 @@ def train_pack(
             return
 
 
+def input_scale(store: Store, site: str, start: Start) -> InputScale:
+    """What the trainer must know of a site's training rows; medians and starting rows come from a sample of them."""
+    mean = store.mean(site).to(torch.float32)
+    sample = store.head(site, "train", SAMPLE_ROWS) if start.at_rows or start.b_dec == "geometric_median" else None
+    centre = None
+    if start.b_dec == "zero":
+        centre = torch.zeros_like(mean)
+    elif start.b_dec == "geometric_median" and sample is not None:
+        centre = geometric_median(sample).to(torch.float32)
+    return InputScale(mean, store.site(site)["mean_square_norm"], centre, sample if start.at_rows else None)
+
+
+def _stream(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
+    """Training batches from step `start` on."""
+    size, seed = trial.recipe.batch_size, trial.stream_seed
+    if trial.label is None and not trial.neighbours:
+        return store.batches(site, "train", size, seed=seed, start=start)
+    rows = store.labelled_batches(
+        site, "train", size, trial.label or "position", neighbours=trial.neighbours, seed=seed, start=start
+    )
+    return (
+        Batch(x, labels if trial.label else None, follows if trial.neighbours else None) for x, labels, follows in rows
+    )
+
+
 def _rungs(steps: int, rungs: int) -> list[int]:
     return sorted({max(1, round(steps * (i + 1) / rungs)) for i in range(rungs)})
 
@@ -107,21 +147,22 @@ def _describe(member: Member) -> dict[str, Any]:
         "d_in": c.d_in,
         "d_sae": c.d_sae,
         "expansion_factor": c.d_sae / c.d_in,
-        "l1_coefficient": c.l1_coefficient if c.l1_coefficient is not None else float("nan"),
-        "k": c.k if c.k is not None else float("nan"),
+        **{name: float("nan") if getattr(c, name) is None else getattr(c, name) for name in COEFFICIENTS},
         "seed": c.seed,
         "peak_learning_rate": member.learning_rate,
     }
 
 
-def _measure(pack: Pack, member: Member, sample: torch.Tensor) -> dict[str, Any]:
-    """FVU and L0 of the SAE as it would be saved, on the validation sample, and the trainer's own facts."""
+def _measure(pack: Pack, member: Member, sample: torch.Tensor, batch: torch.Tensor | Batch) -> dict[str, Any]:
+    """FVU and L0 of the SAE as it would be saved, on the validation sample, and the trainer's own facts; what share of
+    the gradient each loss term has, on a training batch."""
     sae = pack.sae(member.sae_id)
     f = sae.encode(sample)
     sums = RowSums(pack.scale.mean)
     sums.add(sample, sae.decode(f), f)
     found = sums.metrics()
-    return {"fvu": found["fvu"], "l0": found["l0"], **pack.state_of(member.sae_id)}
+    shares = {f"share_{term}": share for term, share in pack.gradient_shares(member.sae_id, batch).items()}
+    return {"fvu": found["fvu"], "l0": found["l0"], **pack.state_of(member.sae_id), **shares}
 
 
 def _append_history(trial: Trial, metrics: dict[str, Any]) -> None:

@@ -121,6 +121,60 @@ def test_sequences_come_whole_and_in_order_however_rows_lie(tmp_path):
         assert x[:, 1].tolist() == positions.tolist() and set(x[:, 0].tolist()) == {ord(example)}
 
 
+@pytest.fixture
+def examples(tmp_path):
+    """40 examples of 2-6 tokens with gaps in some, shuffled over three shards; x says which row it is, `step` labels it."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (e, p, (e + p) % 3 - 1) for e in range(40) for p in sorted(rng.choice(9, rng.integers(2, 7), replace=False))
+    ]
+    order = rng.permutation(len(rows))
+    parts = [[rows[i] for i in part] for part in np.array_split(order, 3)]
+
+    def columns(part):
+        ids, positions, steps = zip(*part, strict=True)
+        return {"example_id": [f"e{e}" for e in ids], "position": positions, "step": steps}
+
+    shards = [("train", torch.tensor([[e, p] for e, p, _ in part], dtype=torch.float32)) for part in parts]
+    return tiny_store(tmp_path, shards, columns={i: columns(part) for i, part in enumerate(parts)}), rows
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_labelled_batches_hold_every_row_once_per_epoch_with_its_label(examples, neighbours):
+    store, rows = examples
+    stream = store.labelled_batches(SITE, "train", len(rows), "step", neighbours=neighbours, seed=3)
+    epochs = [next(stream) for _ in range(2)]
+    for x, labels, _ in epochs:
+        found = [(int(e), int(p), int(t)) for (e, p), t in zip(x.tolist(), labels.tolist(), strict=True)]
+        assert sorted(found) == sorted(rows)
+    assert not torch.equal(epochs[0][0], epochs[1][0])
+    assert store.label_count("train", "step") == 2
+
+
+def test_only_the_next_token_of_the_same_example_follows(examples):
+    store, _ = examples
+    stream = store.labelled_batches(SITE, "train", 25, "step", neighbours=True, seed=3)
+    pairs = 0
+    for _ in range(12):  # more than an epoch: batches run on across it
+        x, _, follows = next(stream)
+        assert not follows[0]
+        for before, row, after in zip(x[:-1], x[1:], follows[1:], strict=True):
+            assert bool(after) == (row[0] == before[0] and row[1] == before[1] + 1)
+        pairs += int(follows.sum())
+    assert pairs > 50
+    assert not next(store.labelled_batches(SITE, "train", 25, "step", neighbours=False))[2].any()
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_a_labelled_stream_entered_at_k_is_the_stream_less_k_batches(examples, neighbours):
+    store, _ = examples
+    whole = store.labelled_batches(SITE, "train", 17, "step", neighbours=neighbours, seed=1)
+    batches = [next(whole) for _ in range(14)]
+    for start in (1, 8, 13):
+        entered = next(store.labelled_batches(SITE, "train", 17, "step", neighbours=neighbours, seed=1, start=start))
+        assert all(torch.equal(one, two) for one, two in zip(entered, batches[start], strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 

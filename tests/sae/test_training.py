@@ -8,14 +8,16 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import sparse_rows
+from sae.reference import SPARSE, loss_and_latents
 
 from raysae.errors import UserError
-from raysae.sae.architectures import SAEConfig, initial_parameters
-from raysae.sae.train import InputScale, Member, Pack, Recipe
+from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
+from raysae.sae.losses import Batch, Losses
+from raysae.sae.train import InputScale, Member, Pack, Recipe, geometric_median
 
 D, BATCH = 8, 32
 RECIPE = Recipe(
-    steps=50, batch_size=BATCH, warmup_steps=5, decay_steps=10, l1_warmup_steps=15, dead_after_tokens=2 * BATCH
+    steps=50, batch_size=BATCH, warmup_steps=5, decay_steps=10, sparsity_warmup_steps=15, dead_after_tokens=2 * BATCH
 )
 ROWS = sparse_rows(50 * BATCH, D, seed=1) * 3
 ROWS[20 * BATCH : 22 * BATCH] *= 10  # two batches whose gradients must be clipped
@@ -26,6 +28,19 @@ RELU = Member("relu", SAEConfig("relu", D, 48, l1_coefficient=1.5, seed=1), 3e-2
 TOPK = Member("topk", SAEConfig("topk", D, 40, k=2, seed=2), 1e-2)
 # Rows with a single latent start with a gradient of exactly zero (tied weights), of which Adam would magnify the rounding.
 BATCHTOPK = Member("batchtopk", SAEConfig("batchtopk", D, 40, k=6, seed=4), 1e-2)
+ALL = [
+    RELU,
+    TOPK,
+    BATCHTOPK,
+    Member("unit", SAEConfig("relu_unit_norm", D, 40, l1_coefficient=0.4, seed=5), 1e-2),
+    Member("p_anneal", SAEConfig("p_anneal", D, 40, l1_coefficient=0.05, seed=6), 1e-2),
+    Member("gated", SAEConfig("gated", D, 40, l1_coefficient=0.3, seed=7), 1e-2),
+    Member("jumprelu", SAEConfig("jumprelu", D, 40, target_l0=4, seed=8), 1e-2),
+    Member("jumprelu_l0", SAEConfig("jumprelu_l0", D, 40, l0_coefficient=0.02, seed=9), 1e-2),
+    Member("jumprelu_tanh", SAEConfig("jumprelu_tanh", D, 40, l0_coefficient=0.1, seed=10), 1e-2),
+    Member("abstopk", SAEConfig("abstopk", D, 40, k=3, seed=11), 1e-2),
+    Member("matryoshka", SAEConfig("matryoshka", D, 40, k=6, seed=12), 1e-2),
+]
 WIDE = Member("wide", SAEConfig("relu", D, 64, l1_coefficient=0.05, seed=3), 1e-3)
 
 
@@ -49,55 +64,57 @@ def assert_same_bits(one, two):
 def reference(member, batches, recipe, scale):
     """What the pack should do, with autograd and torch's Adam; and on how many steps the rare branches were taken."""
     c = member.config
+    architecture = ARCHITECTURES[c.architecture]
     start = initial_parameters(c, scale.mean * scale.factor)
-    p = {k: start[k].requires_grad_() for k in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    sparse, threshold = c.architecture != "relu", None
-    adam = torch.optim.Adam(p.values(), lr=member.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-    silent, seen = torch.zeros(c.d_sae), {"clipped": 0, "unclipped": 0, "dead": 0}
+    p = {k: t.requires_grad_() if k in architecture.trained else t for k, t in start.items()}
+    trained = [p[k] for k in architecture.trained]
+    adam = torch.optim.Adam(trained, lr=member.learning_rate, betas=architecture.adam_betas, eps=1e-8)
+    silent, threshold = torch.zeros(c.d_sae), None
+    seen = {"clipped": 0, "unclipped": 0, "dead": 0}
     for t, batch in enumerate(batches):
-        x = batch / math.sqrt(scale.mean_square_norm)
-        pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
-        if c.architecture == "batchtopk":
-            kept = pre >= pre.flatten().sort(descending=True).values[c.k * len(x) - 1]
-        else:
-            kept = torch.zeros_like(pre).scatter(1, pre.topk(c.k or c.d_sae, dim=1).indices, 1.0)
-        f = pre.relu() * kept
-        if c.architecture == "batchtopk":
+        x, dead = batch / math.sqrt(scale.mean_square_norm), silent >= recipe.dead_after_tokens
+        sparsity = min(1, (t + 1) / recipe.sparsity_warmup_steps)
+        if c.architecture == "p_anneal":
+            anneal(p, c, x, t / recipe.steps)
+        bandwidth = architecture.bandwidth(D) if c.architecture.startswith("jumprelu") else None
+        loss, f = loss_and_latents(c, p, x, sparsity, t / recipe.steps, dead, bandwidth)
+        if "threshold" in p:
             smallest = f[f > 0].min().detach()
             threshold = smallest if threshold is None else 0.99 * threshold + 0.01 * smallest
-        e = x - f @ p["W_dec"] - p["b_dec"]
-        l1 = (c.l1_coefficient or 0.0) * min(1, (t + 1) / recipe.l1_warmup_steps)
-        loss = e.square().sum(1).mean() + l1 * (f * p["W_dec"].norm(dim=1)).sum(1).mean()
-        plain, dead = loss.item(), silent >= recipe.dead_after_tokens
-        if sparse and dead.any():
-            pre_dead, e_fixed = pre[:, dead], e.detach()
-            index = pre_dead.topk(min(x.shape[1] // 2, int(dead.sum())), dim=1).indices
-            e_hat = (pre_dead.relu() * torch.zeros_like(pre_dead).scatter(1, index, 1.0)) @ p["W_dec"][dead]
-            ratio = (x - x.mean(0)).square().sum() / (e_fixed - e_fixed.mean(0)).square().sum()
-            loss = loss + (e_fixed - e_hat).square().sum(1).mean() * ratio / 32
-            seen["dead"] += 1
+        seen["dead"] += bool(dead.any())
         adam.zero_grad()
         loss.backward()
         w = p["W_dec"]
-        if sparse:
+        if architecture.constrain_decoder:
             w.grad -= (w.grad * w.detach()).sum(1, keepdim=True) * w.detach()
-        norm = torch.nn.utils.clip_grad_norm_(list(p.values()), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         seen["clipped" if norm > 1 else "unclipped"] += 1
         up, down = (t + 1) / recipe.warmup_steps, (recipe.steps - t) / recipe.decay_steps
         adam.param_groups[0]["lr"] = member.learning_rate * min(1.0, up, down)
         adam.step()
-        if sparse:
+        if architecture.constrain_decoder:
             w.data /= w.data.norm(dim=1, keepdim=True)
-        silent = torch.where((f > 0).any(0), 0, silent + len(x))
-    return p | ({} if threshold is None else {"threshold": threshold}), silent, plain, seen
+        silent = torch.where((f != 0).any(0), 0, silent + len(x))
+    return p | ({} if threshold is None else {"threshold": threshold}), silent, loss.item(), seen
 
 
-@pytest.mark.parametrize("member", [RELU, TOPK, BATCHTOPK], ids=lambda m: m.sae_id)
+def anneal(p, config, x, progress):
+    """p-annealing's buffers: where p falls, the scale keeps the batch's penalty what it was."""
+    power = 1 - 0.8 * int(max(0.0, (progress - 0.5) / 0.5) * 10) / 10
+    with torch.no_grad():
+        f = ((x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]).relu()
+        if power != float(p["p"]):
+            raised = [(f * f.clamp_min(1e-3).pow(q - 1)).sum() for q in (float(p["p"]), power)]
+            p["scale"] = p["scale"] * raised[0] / raised[1]
+        p["p"] = torch.tensor(power)
+
+
+@pytest.mark.parametrize("member", ALL, ids=lambda m: m.sae_id)
 def test_fifty_steps_equal_autograd_and_adam(member):
     pack = trained([member])
     p, silent, loss, seen = reference(member, BATCHES, RECIPE, SCALE)
-    assert seen["clipped"] and seen["unclipped"] and (silent > 0).any(), seen  # else those parts are not tested
-    assert member is RELU or 0 < seen["dead"] < RECIPE.steps, seen
+    assert seen["clipped"] and (silent > 0).any(), seen  # else those parts are not tested
+    assert member.config.architecture not in SPARSE or 0 < seen["dead"] < RECIPE.steps, seen
     saved = bits(pack, member.sae_id)
     assert torch.equal(saved["silent_tokens"], silent.long())
     for name in p:
@@ -112,8 +129,8 @@ def test_the_decoder_of_topk_stays_on_the_unit_sphere():
 
 
 def test_a_pack_equals_its_members_alone():
-    pack = trained([RELU, TOPK, BATCHTOPK, WIDE])
-    for member in (RELU, TOPK, BATCHTOPK, WIDE):
+    pack = trained([*ALL, WIDE])
+    for member in (*ALL, WIDE):
         assert_same_bits(bits(pack, member.sae_id), bits(trained([member]), member.sae_id))
         for name, tensor in pack.sae(member.sae_id).parameters.items():
             assert torch.equal(tensor, trained([member]).sae(member.sae_id).parameters[name])
@@ -131,16 +148,16 @@ def test_dropping_a_member_does_not_disturb_the_rest():
 
 @pytest.mark.parametrize("at", [1, 20, 49])
 def test_a_resumed_pack_has_the_bits_of_an_uninterrupted_one(tmp_path, at):
-    whole = trained([RELU, TOPK])
-    first = trained([RELU, WIDE, TOPK], BATCHES[:at])
+    whole = trained(ALL)
+    first = trained([RELU, WIDE, *ALL[1:]], BATCHES[:at])
     first.drop(["wide"])
     first.save(tmp_path / "state")
-    second = Pack([RELU, WIDE, TOPK], RECIPE, SCALE)
+    second = Pack([RELU, WIDE, *ALL[1:]], RECIPE, SCALE)
     second.load(tmp_path / "state")
-    assert second.step == at and [m.sae_id for m in second.alive] == ["relu", "topk"]
+    assert second.step == at and second.alive == ALL
     assert second.state_of("relu") == first.state_of("relu")
     second.train(BATCHES[at:])
-    for member in (RELU, TOPK):
+    for member in ALL:
         saved = bits(second, member.sae_id)
         assert int(saved["adam.W_enc.step"]) == 50
         assert_same_bits(saved, bits(whole, member.sae_id))
@@ -240,3 +257,79 @@ def test_learning_rate_rises_stays_and_falls_to_almost_zero(steps, warmup, decay
         assert all(b < a for a, b in pairwise(falling)) and falling[-1] == pytest.approx(1 / decay)
     sparsity = [recipe.sparsity_rate(t) for t in range(20)]
     assert sparsity == sorted(sparsity) and sparsity[0] == 0.1 and set(sparsity[9:]) == {1.0}
+
+
+def test_bfloat16_products_train_float32_weights_to_much_the_same_end():
+    low = trained(ALL, recipe=replace(RECIPE, precision="bfloat16"))
+    whole = trained(ALL)
+    for member in ALL:
+        sae, other = low.sae(member.sae_id), whole.sae(member.sae_id)
+        assert {t.dtype for t in sae.parameters.values()} == {torch.float32}
+        fvu = [((ROWS - s(ROWS)).square().sum() / (ROWS - ROWS.mean(0)).square().sum()).item() for s in (sae, other)]
+        assert fvu[0] == pytest.approx(fvu[1], rel=0.25), member.sae_id
+
+
+@pytest.mark.parametrize(
+    "architecture,losses,expected",
+    [
+        ("relu", Losses(), {"reconstruction", "sparsity"}),
+        ("topk", Losses(1.0, 0.5, 0.1), {"reconstruction", "aux", "decorrelation", "max_cosine"}),
+        ("gated", Losses(temporal=0.1, probe=0.3, probe_classes=3), {"reconstruction", "sparsity", "probe", "temporal"}),
+    ],
+)  # fmt: skip
+def test_every_term_has_its_share_of_the_gradient(architecture, losses, expected):
+    base = next(m for m in ALL if m.config.architecture == architecture)
+    pack = Pack([replace(base, sae_id="it", losses=losses)], RECIPE, SCALE)
+    labels, follows = torch.arange(BATCH) % 3, torch.arange(BATCH) % 8 > 0
+    pack.train(Batch(x, labels, follows) for x in BATCHES[:12])
+    before = {name: t.clone() for name, t in bits(pack, "it").items()}
+    shares = pack.gradient_shares("it", Batch(BATCHES[0], labels, follows))
+    assert set(shares) == expected and sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    assert_same_bits(before, bits(pack, "it"))
+
+
+def test_a_term_with_twice_the_coefficient_has_twice_the_norm():
+    def ratio(coefficient):
+        pack = Pack([replace(RELU, losses=Losses(decorrelation=coefficient))], RECIPE, SCALE)
+        pack.train(BATCHES[:1])
+        shares = pack.gradient_shares("relu", BATCHES[0])
+        return shares["decorrelation"] / shares["reconstruction"]
+
+    torch.manual_seed(0)
+    small, large = ratio(1e-6), ratio(2e-6)  # too small to change the first step's outcome
+    assert large / small == pytest.approx(2, rel=0.05)
+
+
+def test_resampling_points_dead_latents_at_what_is_badly_reconstructed():
+    sure = replace(RELU, sae_id="dying", config=replace(RELU.config, l1_coefficient=1.0))  # kills most latents
+    pack = trained([sure], BATCHES[:30])
+    dead = pack._members["dying"].dead(RECIPE)
+    assert 0.2 < dead.double().mean() < 1
+    before = bits(pack, "dying")["parameters.W_enc"].clone()
+    again = replace(RECIPE, resample_steps=(30,))
+    resampled = trained([sure], BATCHES[:30], again)
+    state = bits(resampled, "dying")
+    assert not resampled._members["dying"].dead(again).any()
+    assert torch.equal(state["parameters.W_enc"][:, ~dead], before[:, ~dead])
+    alive_norm = state["parameters.W_enc"][:, ~dead].norm(dim=0).mean()
+    torch.testing.assert_close(
+        state["parameters.W_enc"][:, dead].norm(dim=0), (0.2 * alive_norm).expand(int(dead.sum()))
+    )
+    assert not state["adam.W_enc.exp_avg"][:, dead].any() and not state["adam.b_enc.exp_avg"][dead].any()
+    x = BATCHES[29] * SCALE.factor - state["parameters.b_dec"]
+    cosine = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(state["parameters.W_dec"][dead]).T
+    torch.testing.assert_close(cosine.max(0).values, torch.ones(int(dead.sum())))
+    assert_same_bits(state, bits(trained([sure], BATCHES[:30], again), "dying"))
+
+
+def test_a_data_driven_start_points_latents_at_rows_and_a_median_resists_outliers():
+    rows = torch.cat([ROWS[:50], torch.full((1, D), 1e4)])
+    centre = geometric_median(rows)
+    assert (centre - ROWS[:50].double().mean(0)).norm() < 0.1 * (rows.double().mean(0) - centre).norm()
+    objective = lambda c: (rows.double() - c).norm(dim=1).sum()  # noqa: E731
+    assert all(objective(centre) <= objective(centre + 1e-2 * e) for e in (*torch.eye(D), *-torch.eye(D)))
+    scale = InputScale(SCALE.mean, SCALE.mean_square_norm, centre, ROWS[:10])
+    p = Pack([TOPK], RECIPE, scale)._members["topk"].parameters
+    torch.testing.assert_close(p["b_dec"], (centre * scale.factor).float())
+    from_centre = torch.nn.functional.normalize(ROWS[:10] - centre.float())
+    torch.testing.assert_close((p["W_dec"] @ from_centre.T).max(1).values, torch.ones(40))

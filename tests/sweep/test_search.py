@@ -4,10 +4,12 @@ import copy
 from pathlib import Path
 
 import pytest
+import torch
 
 import raysae.cluster  # noqa: F401 sets Ray's environment before Ray is imported
+from raysae.sweep import on_ray
 from raysae.sweep.on_ray import PackSearch
-from raysae.sweep.space import proposals
+from raysae.sweep.space import Common, proposals
 
 WIDTHS = {"blocks.0.resid_post": 16, "blocks.1.resid_post": 16}
 RANGES = {"relu": (0.01, 1.0), "topk": (2, 12)}
@@ -16,7 +18,7 @@ RANGES = {"relu": (0.01, 1.0), "topk": (2, 12)}
 def search(pack_size: int = 1, seeds=(0,), samples: int = 3, sites=("blocks.0.resid_post",)) -> PackSearch:
     widths = {site: WIDTHS[site] for site in sites}
     plan = proposals(widths, ["relu", "topk"], [2, 4], None, samples)
-    return PackSearch(plan, widths, RANGES, seeds, (None, 1e-3), pack_size, seed=0)
+    return PackSearch(plan, widths, RANGES, seeds, Common(None, 1e-3), pack_size, seed=0)
 
 
 def outcome(config: dict) -> dict:
@@ -70,10 +72,10 @@ def test_seeds_share_their_coefficient_and_are_told_as_one():
 @pytest.mark.parametrize("size", [1, 4, 5, 100])
 def test_packs_hold_every_sae_once_and_one_site_each(size):
     searcher = search(pack_size=size, seeds=(0, 1), sites=WIDTHS)
-    total = searcher.total_packs
     packs = drain(searcher)
     ids = [m["sae_id"] for m in members(packs)]
-    assert len(packs) == total and len(set(ids)) == len(ids) == 48
+    assert len(packs) <= searcher.most_trials and len(set(ids)) == len(ids) == 48
+    assert len(packs) == 2 * -(-24 // size)
     assert all(len(pack["members"]) <= size for pack in packs)
 
 
@@ -110,3 +112,37 @@ def test_a_restored_searcher_goes_on_the_same(tmp_path: Path):
     again.on_trial_complete("t4", outcome(begun[4]))
     rest = drain(again, "rest")
     assert copy.deepcopy(begun) + rest == whole
+
+
+def test_a_pack_that_did_not_fit_comes_again_in_halves_and_nothing_is_lost():
+    searcher = search(pack_size=6, seeds=(0, 1))
+    first = searcher.suggest("a")
+    searcher.on_trial_complete("a", {"out_of_memory": True, "final": True})
+    rest = drain(searcher)
+    assert {len(pack["members"]) for pack in rest} == {3}
+    ids = [m["sae_id"] for m in members(rest)]
+    assert len(set(ids)) == len(ids) == 24 and {m["sae_id"] for m in first["members"]} < set(ids)
+    assert not searcher.open, "an Optuna trial was not told"
+
+
+def test_the_search_waits_for_packs_that_may_yet_be_split():
+    searcher = search(pack_size=24)
+    searcher.suggest("a")
+    assert searcher.suggest("b") is None
+    searcher.on_trial_complete("a", {"out_of_memory": True})
+    assert len(searcher.suggest("b")["members"]) == 6
+
+
+def test_running_out_of_memory_is_reported_by_a_pack_and_raised_by_one_sae(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no")
+
+    reported = []
+    monkeypatch.setattr(on_ray, "train_pack", full)
+    monkeypatch.setattr(on_ray.tune, "report", reported.append)
+    monkeypatch.setattr(on_ray.tune, "get_checkpoint", lambda: None)
+    config = search(pack_size=2).suggest("a")
+    on_ray.run_trial(config, None, torch.get_num_threads(), None, 0.0)
+    assert reported == [{"out_of_memory": True, "final": True}]
+    with pytest.raises(torch.OutOfMemoryError):
+        on_ray.run_trial(config | {"members": config["members"][:1]}, None, torch.get_num_threads(), None, 0.0)

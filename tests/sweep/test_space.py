@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from raysae.sweep.space import members, proposals, recipe
+from raysae.sweep.space import Common, members, proposals, recipe
 
 SIXTEEN = tuple(range(2, 33, 2))
 WIDTHS = {"blocks.1.resid_post": 64, "blocks.2.resid_post": 128}
@@ -40,7 +40,7 @@ def test_the_grid_of_the_sixteen_expansions_is_every_combination_once():
 
 
 def made(plan, seeds=(0,), rate=None, d_in=64, coefficient=0.1):
-    return [m for p in plan for m in members(p, p.coefficient or coefficient, d_in, seeds, rate, 2e-4)]
+    return [m for p in plan for m in members(p, p.coefficient or coefficient, d_in, seeds, Common(rate))]
 
 
 def test_sae_ids_are_unique_and_say_what_the_sae_is():
@@ -81,7 +81,7 @@ def test_a_member_has_the_knob_of_its_architecture_alone():
 
 def test_the_recipe_counts_tokens_in_steps():
     made = recipe(100_000, 100, 0.05, 0.2, 0.1, dead_after_tokens=20_000)
-    assert (made.steps, made.warmup_steps, made.decay_steps, made.l1_warmup_steps) == (1000, 50, 200, 100)
+    assert (made.steps, made.warmup_steps, made.decay_steps, made.sparsity_warmup_steps) == (1000, 50, 200, 100)
     assert made.dead_after_tokens == 20_000
     assert recipe(100_000, 100, 0.05, 0.2, 0.1, dead_after_tokens=10**9).dead_after_tokens == 50_000
     rates = [made.rate(t) for t in range(1000)]

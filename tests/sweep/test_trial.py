@@ -9,15 +9,17 @@ import pytest
 import torch
 from helpers import sparse_rows, tiny_store
 
+from raysae.activations.store import Store
 from raysae.artifacts import read_json, write_json
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
+from raysae.sae.losses import Losses
 from raysae.sae.train import Member, Recipe
 from raysae.sweep.collect import CURVES, FACTS, curves, training_table
-from raysae.sweep.trial import Trial, saelens_hook, train_pack
+from raysae.sweep.trial import Start, Trial, input_scale, saelens_hook, train_pack
 
 D, SITE = 8, "blocks.0.resid_post"
-RECIPE = Recipe(steps=20, batch_size=16, warmup_steps=2, decay_steps=5, l1_warmup_steps=4, dead_after_tokens=64)
+RECIPE = Recipe(steps=20, batch_size=16, warmup_steps=2, decay_steps=5, sparsity_warmup_steps=4, dead_after_tokens=64)
 RELU = Member("relu", SAEConfig("relu", D, 24, l1_coefficient=0.1, seed=1), 3e-3)
 TOPK = Member("topk", SAEConfig("topk", D, 40, k=3, seed=2), 3e-3)
 WILD = Member("wild", SAEConfig("relu", D, 24, l1_coefficient=0.1, seed=3), 1e25)
@@ -222,3 +224,37 @@ def test_the_stream_depends_on_its_seed(trial, tmp_path):
         others.add(weights(other, "topk"))
     assert len(others) > 1
     assert torch.is_grad_enabled()
+
+
+def test_losses_on_latents_train_on_labels_and_neighbours_and_resume_to_the_same_bits(
+    trial, tmp_path, tmp_path_factory
+):
+    x = sparse_rows(120, D, seed=6)
+    columns = {"example_id": [f"e{i // 8}" for i in range(120)], "position": [i % 8 for i in range(120)]}
+    columns["step"] = [i % 3 for i in range(120)]
+    root = tiny_store(
+        tmp_path_factory.mktemp("labelled"), [("train", x), ("validation", x[:30])], columns={0: columns}
+    ).path
+    member = replace(TOPK, losses=Losses(probe=0.1, probe_classes=3, temporal=0.05, decorrelation=0.1))
+    both = replace(trial, store=root, label="step", neighbours=True)
+    rungs = run(both, [member])
+    found = rungs[-1].metrics["topk"]
+    assert all(found[f"share_{term}"] > 0 for term in ("reconstruction", "probe", "temporal", "decorrelation"))
+    assert {"share_probe", "share_temporal"} <= set(curves(both.root).columns)
+    assert set(formats.load(both.root / "saes/topk").parameters) == {"W_enc", "b_enc", "W_dec", "b_dec"}
+    killed = replace(both, root=tmp_path / "killed")
+    run(killed, [member], stop_after=160, state=tmp_path / "state")
+    run(killed, [member], resume=tmp_path / "state")
+    assert weights(killed, "topk") == weights(both, "topk")
+
+
+@pytest.mark.parametrize("b_dec", ["mean", "geometric_median", "zero"])
+def test_where_an_sae_starts(store, b_dec):
+    scale = input_scale(Store(store), SITE, Start(b_dec, at_rows=True))
+    centre = scale.mean if scale.centre is None else scale.centre
+    rows = torch.cat([Store(store).head(SITE, "train", 10**6)])
+    assert torch.equal(scale.rows, rows)
+    expected = {"mean": rows.mean(0), "zero": torch.zeros(D), "geometric_median": centre}[b_dec]
+    torch.testing.assert_close(centre, expected)
+    if b_dec == "geometric_median":
+        assert (rows - centre).norm(dim=1).sum() < (rows - scale.mean).norm(dim=1).sum()
