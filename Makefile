@@ -33,6 +33,7 @@ $(VENV)/.run: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PIP_INSTALL) -e .
 	touch $@
 
-$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) requirements-peers.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps -r requirements-peers.txt
 	touch $@ $(VENV)/.run

@@ -4,12 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
 from raysae.cluster import output_root
 from raysae.config import Section, SweepJob, dump_yaml, load_config, validate
 from raysae.errors import UserError
+from raysae.sae.architectures import ARCHITECTURES, initial_parameters
+from raysae.sweep.space import Common, members, proposals
 
 
 def refused(*argv, config=None):
@@ -230,3 +233,29 @@ def test_the_output_root_is_absolute_and_a_given_one_wins(tmp_path, monkeypatch)
     assert output_root(Path("results"), given=False) == Path(os.getcwd()) / "results"
     monkeypatch.setenv("RAYSAE_OUTPUT", str(tmp_path / "env"))
     assert output_root(Path("mine"), given=True) == Path(os.getcwd()) / "mine"
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.parametrize("recipe", sorted((CONFIGS / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_goes_over_every_config_and_its_fields_win(recipe):
+    for base in CONFIGS.glob("*.yaml"):
+        config = load_config(SweepJob, ["--config", str(base), str(recipe)])
+        given = yaml.safe_load(recipe.read_text())
+        for section, fields in given.items():
+            for name, value in fields.items():
+                dumped = getattr(config, section).model_dump(mode="json")[name]
+                assert dumped == value or (isinstance(value, dict) and value.items() <= dumped.items())
+        assert config.data == load_config(SweepJob, [], base).data
+        assert all(a in ARCHITECTURES for a in config.sweep.architectures)
+
+
+def test_the_position_sae_has_the_parameters_of_the_study_and_its_l1_is_converted():
+    config = load_config(SweepJob, [], CONFIGS / "recipes/position_sae.yaml")
+    plan = proposals({"s": 2048}, config.sweep.architectures, config.sweep.expansion_factors, {"relu": (5e-4,)}, 1)
+    common = Common(config.training.learning_rate, l1_units=config.sweep.l1_units)
+    (member,) = members(plan[0], plan[0].coefficient, 2048, [0], common)
+    p = initial_parameters(member.config, torch.zeros(2048))
+    assert sum(p[name].numel() for name in ARCHITECTURES["relu"].trained) == 8_392_704
+    assert member.config.l1_coefficient == pytest.approx(5e-4 * 2048**0.5)

@@ -26,12 +26,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from raysae.report.columns import is_number, label, show_threshold
+from raysae.sae.architectures import COEFFICIENTS
 
 INK, FAINT, PAPER = "#22252b", "#8d939e", "#ffffff"
 RAMP = LinearSegmentedColormap.from_list("raysae", ["#3f7fd9", "#9a6fd0", "#d9638f", "#e8913a"])  # on white and black
 PLATE = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
-MARKERS = {"relu": "o", "topk": "s", "batchtopk": "D"}
-DASHES = {"relu": "-", "topk": (0, (4, 1.5)), "batchtopk": (0, (1, 1))}
+MARKERS = {
+    "relu": "o", "topk": "s", "batchtopk": "D", "jumprelu": "v", "gated": "P", "matryoshka": "h", "abstopk": "X",
+    "p_anneal": "<", "jumprelu_l0": ">", "jumprelu_tanh": "d", "relu_unit_norm": "p",
+}  # fmt: skip
+DASHES = {"relu": "-", "topk": (0, (4, 1.5)), "batchtopk": (0, (1, 1)), "jumprelu": (0, (4, 1.5, 1, 1.5))}
 PLOTTED = ("completed", "pruned")
 FVU_TOP = 1.3
 """FVU above 1 is worse than predicting the mean; what lies far above is left off the scale, not squeezed in."""
@@ -67,7 +71,7 @@ def against_l0(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) ->
 
 
 def against_sparsity(table: pd.DataFrame, decision: Mapping[str, Any], knob: str, metric: str) -> Figure:
-    """FVU or L0 against the knob that sets sparsity: the L1 coefficient of ReLU SAEs or the k of TopK ones."""
+    """FVU or L0 against the knob that sets an architecture's sparsity: one of COEFFICIENTS."""
     figure, axes = _axes(f"{label(knob)} (log)", label(metric))
     _log_x(axes)
     if metric == "l0":
@@ -129,11 +133,11 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame | None, decision: Mapping[str
         if len(_plotted(table, "expansion_factor", metric)):
             title = f"{label(metric)} against the expansion factor"
             figures[f"{metric}_by_expansion"] = Drawn(title, against_expansion(table, decision, metric))
-    for knob, name in (("l1_coefficient", "l1"), ("k", "k")):
+    for knob in COEFFICIENTS:
         for metric in ("fvu", "l0"):
             if len(_plotted(table, knob, metric)):
-                title = f"{label(metric)} against {'the L1 coefficient' if name == 'l1' else 'k'}"
-                figures[f"{metric}_by_{name}"] = Drawn(title, against_sparsity(table, decision, knob, metric))
+                title = f"{label(metric)} against {'k' if knob == 'k' else f'the {label(knob)}'}"
+                figures[f"{metric}_by_{knob}"] = Drawn(title, against_sparsity(table, decision, knob, metric))
     for metric in ("ce_loss_recovered", "ce_delta"):
         if len(_plotted(table, "l0", metric)):
             title = f"{label(metric)} against L0"
@@ -262,7 +266,7 @@ def _plotted(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     rows = table[table["status"].isin(PLOTTED)]
     for name in (x, y):
         values = pd.to_numeric(rows[name], errors="coerce").astype(float)
-        rows = rows[np.isfinite(values) & ((values > 0) | ~np.isin(name, ["l0", "l1_coefficient", "k"]))]
+        rows = rows[np.isfinite(values) & ((values > 0) | ~np.isin(name, ["l0", *COEFFICIENTS]))]
     return rows
 
 

@@ -20,6 +20,7 @@ from raysae.artifacts import read_json, write_atomic
 from raysae.errors import UserError
 from raysae.report import figures
 from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
+from raysae.sae.architectures import COEFFICIENTS
 
 KEY_METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta", "dead_fraction", "explained_variance", "l2_ratio", "kl")
 ORDER = {"completed": 0, "pruned": 1, "diverged": 2, "error": 3}
@@ -77,6 +78,7 @@ def write_report(run_dir: Path) -> Path:
         spans=spans(table),
         narrow=NARROW,
         moves=moves(table),
+        inert=inert(table),
         ledger=ledger,
         evaluation=config.get("evaluation") or {},
         dead_windows=sorted(int(tokens) for tokens in table["dead_window_tokens"].dropna().unique()),
@@ -90,7 +92,7 @@ def write_report(run_dir: Path) -> Path:
 def tooltip(row: Mapping[str, Any]) -> str:
     """An SAE in three lines, for its mark in a figure."""
     setting = [str(row["architecture"]), f"×{show('expansion_factor', row['expansion_factor'])}"]
-    setting += [f"{label(knob)} {show(knob, row[knob])}" for knob in ("l1_coefficient", "k") if is_number(row[knob])]
+    setting += [f"{label(knob)} {show(knob, row[knob])}" for knob in COEFFICIENTS if is_number(row.get(knob))]
     if row["status"] != "completed":
         setting.append(str(row["status"]))
     numbers = [
@@ -177,8 +179,8 @@ def spans(table: pd.DataFrame) -> list[dict[str, Any]]:
             low, high = part["l0"].min(), part["l0"].max()
             settings = [
                 f"{label(knob)} {show(knob, part[knob].min())}–{show(knob, part[knob].max())}"
-                for knob in ("l1_coefficient", "k")
-                if part[knob].notna().any()
+                for knob in COEFFICIENTS
+                if knob in part and part[knob].notna().any()
             ]
             shown.append(
                 {
@@ -207,6 +209,30 @@ def moves(table: pd.DataFrame) -> list[str]:
                 f"Between {name}, the median L0 moves by ×{l0.max() / l0.min():.1f} "
                 f"and the median FVU from {show('fvu', fvu.min())} to {show('fvu', fvu.max())}."
             )
+    return said
+
+
+def inert(table: pd.DataFrame) -> list[str]:
+    """Axes that did nothing: values of a coefficient at least ×1.5 apart, or different widths, seeds or sites, whose SAEs
+    are alike (L0 and FVU within 5%, and seeds identical) wherever all else is the same."""
+    done, said = _measured(table), []
+    free = [name for name in COEFFICIENTS if name in done]
+    fixed = ["site", "architecture", "expansion_factor", "seed"]
+    for architecture, part in done.groupby("architecture"):
+        for axis in [*free, "expansion_factor", "seed"]:
+            others = [name for name in [*fixed, *free] if name != axis and name in part]
+            widest, tried = 1.0, 1.0
+            for _, same in part.dropna(subset=[axis]).groupby(others, dropna=False):
+                if same[axis].nunique() > 1:
+                    spread = max(same[name].max() / max(same[name].min(), 1e-12) for name in ("l0", "fvu"))
+                    widest = max(widest, spread)
+                    apart = same[axis].max() / same[axis].min() if axis in free else 2.0
+                    tried = max(tried, apart)
+            if tried >= 1.5 and widest <= (1.0 if axis == "seed" else 1.05):
+                said.append(
+                    f"{label(axis)} did nothing for {architecture}: SAEs that differ in it alone have the same L0 and FVU"
+                    + (" to the last digit." if axis == "seed" else f" within {100 * (widest - 1):.1f}%.")
+                )
     return said
 
 

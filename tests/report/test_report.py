@@ -18,6 +18,7 @@ import yaml
 from raysae.errors import UserError
 from raysae.report import figures, write_report
 from raysae.report.columns import interval, show, show_threshold
+from raysae.report.page import inert
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "input", "br", "hr", "img"}
@@ -299,7 +300,14 @@ def test_each_mark_has_its_tooltip(html: str, table: pd.DataFrame) -> None:
 def test_figures_are_written_and_follow_the_page_s_colours(run: Path, html: str) -> None:
     names = {path.stem for path in (run / "figures").glob("*.svg")}
     assert names == {path.stem for path in (run / "figures").glob("*.png")}
-    assert {"pareto", "fvu_by_l1", "l0_by_k", "ce_delta_by_l0", "l0_over_training", "fvu_by_expansion"} <= names
+    assert {
+        "pareto",
+        "fvu_by_l1_coefficient",
+        "l0_by_k",
+        "ce_delta_by_l0",
+        "l0_over_training",
+        "fvu_by_expansion",
+    } <= names
     assert figures.INK not in re.sub(r"<style>.*?</style>", "", html, flags=re.S)
     assert "currentColor" in html
 
@@ -344,7 +352,9 @@ def test_all_saes_failed(tmp_path: Path) -> None:
 def test_many_saes_of_one_architecture_can_be_drawn(n: int, architecture: str) -> None:
     table = synthetic_table(n, (architecture,))
     drawn = figures.draw(table, None, synthetic_decision(table))
-    assert ("fvu_by_l1" in drawn) == (architecture == "relu") and ("fvu_by_k" in drawn) == (architecture == "topk")
+    assert ("fvu_by_l1_coefficient" in drawn) == (architecture == "relu") and ("fvu_by_k" in drawn) == (
+        architecture == "topk"
+    )
 
 
 def test_an_outlier_does_not_set_the_scale() -> None:
@@ -396,3 +406,26 @@ def test_in_a_browser_headers_sort_the_filter_filters_and_marks_light_up(
     lit = re.findall(r'class="sae hot" data-sae="([^"]*)"', dom)
     assert len(lit) > 4 and len(set(lit)) == 1
     assert re.search(rf'id="tip"[^>]*>{re.escape(lit[0])}\n', dom)
+
+
+def axis_table(l0_of, fvu_of=lambda x, seed: 0.1, coefficient="l0_coefficient", values=(0.01, 0.1), seeds=(0, 1)):
+    return pd.DataFrame(
+        [
+            {
+                "sae_id": f"{x}-{seed}", "site": "s", "architecture": "jumprelu_l0", "expansion_factor": 4, coefficient: x,
+                "seed": seed, "status": "completed", "l0": l0_of(x, seed), "fvu": fvu_of(x, seed),
+            }
+            for x in values
+            for seed in seeds
+        ]
+    )  # fmt: skip
+
+
+def test_an_axis_that_did_nothing_is_flagged_and_one_that_did_is_not():
+    flat = inert(axis_table(lambda x, seed: 40 + 0.1 * seed + x))
+    assert len(flat) == 1 and flat[0].startswith("L0 coefficient did nothing for jumprelu_l0")
+    assert not inert(axis_table(lambda x, seed: (40 + 0.1 * seed) / x))
+    assert not inert(axis_table(lambda x, seed: 40 + 0.1 * seed, lambda x, seed: x)), "it moved FVU alone"
+    assert not inert(axis_table(lambda x, seed: 40 + 0.1 * seed, values=(0.01, 0.011))), "nothing was tried"
+    same = inert(axis_table(lambda x, seed: 1 / x))
+    assert len(same) == 1 and same[0].startswith("Seed did nothing")
