@@ -203,7 +203,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "gpus": ({"cluster": {"num_gpus": 99}}, "cluster.num_gpus"),
         "expansion": ({"sweep": {"expansion_factors": [-4]}}, "sweep.expansion_factors"),
         "l1": ({"sweep": {"l1_coefficients": [0]}}, "sweep.l1_coefficients"),
-        "architecture": ({"sweep": {"architectures": ["gated"]}}, "sweep.architectures: 'gated' is not allowed"),
+        "architecture": ({"sweep": {"architectures": ["linear"]}}, "sweep.architectures: 'linear' is not allowed"),
         "batch": ({"training": {"batch_size": 0}}, "training.batch_size"),
         "gate": ({"gate": str(tmp_path / "no.yaml")}, "gate"),
     }
