@@ -22,6 +22,8 @@ bench: $(VENV)/.dev  ## every benchmark, each with a table
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/sweep_overhead.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/quality.py
 
 clean:  ## the environment and caches; results stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -315,6 +315,13 @@ def _finish(
     figure: Figure, axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str, lines: bool = False
 ) -> Figure:
     """The gate's bounds on these axes, limits that outliers do not set, and the legend."""
+    for is_log, limits, set_limits in (
+        (axes.get_xscale() == "log", axes.get_xlim(), axes.set_xlim),
+        (axes.get_yscale() == "log", axes.get_ylim(), axes.set_ylim),
+    ):
+        if is_log and limits[1] < 1.5 * limits[0]:  # a single value: a log axis needs room around it
+            middle = math.sqrt(limits[0] * limits[1])
+            set_limits(middle / 1.5, middle * 1.5)
     criteria = decision.get("criteria") or ()
     left = any(criterion.get("metric") == x for criterion in criteria)  # clear of the other bound's label
     for criterion in criteria:
@@ -327,6 +334,7 @@ def _finish(
             "fontsize": 8,
             "bbox": PLATE,
             "zorder": 1.6,
+            "annotation_clip": True,  # a bound off the scale has no label, which would squeeze the axes to reach it
         }
         text = f"gate {show_threshold(metric, criterion.get('op', ''), threshold)}"
         style: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.7, "zorder": 1.5}
@@ -338,13 +346,6 @@ def _finish(
             axes.axvline(threshold, **style)
             place |= {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "ha": "right", "va": "top"}
             axes.annotate(text, (threshold, 1), rotation=90, **place)
-    for is_log, limits, set_limits in (
-        (axes.get_xscale() == "log", axes.get_xlim(), axes.set_xlim),
-        (axes.get_yscale() == "log", axes.get_ylim(), axes.set_ylim),
-    ):
-        if is_log and limits[1] < 1.5 * limits[0]:  # a single value: a log axis needs room around it
-            middle = math.sqrt(limits[0] * limits[1])
-            set_limits(middle / 1.5, middle * 1.5)
     if y == "fvu":
         low, high = axes.get_ylim()
         values = [value for line in axes.lines for value in np.ravel(np.asarray(line.get_ydata(), float))]
@@ -355,8 +356,9 @@ def _finish(
         axes.annotate("no SAE has both numbers", (0.5, 0.5), xycoords="axes fraction", ha="center", color=INK)
     shown = table if lines else _plotted(table, x, y)
     handles = _legend(shown, _colours(table), decision, lines, front=len(axes.lines) > 0 and y == "fvu" and x == "l0")
-    in_a_row = 8 if figure.get_figwidth() > SMALL[0] else 6
-    columns = len(handles) if len(handles) <= in_a_row else math.ceil(len(handles) / 2)
+    widest = 0.45 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)  # inches, with its sign
+    rows = math.ceil(len(handles) * widest / figure.get_figwidth())
+    columns = math.ceil(len(handles) / max(rows, 1))
     legend = figure.legend(
         handles=handles,
         loc="outside lower center",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import subprocess
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -355,6 +357,18 @@ def test_many_saes_of_one_architecture_can_be_drawn(n: int, architecture: str) -
     assert ("fvu_by_l1_coefficient" in drawn) == (architecture == "relu") and ("fvu_by_k" in drawn) == (
         architecture == "topk"
     )
+
+
+def test_saes_of_one_l0_are_drawn_without_a_warning() -> None:
+    """A TopK grid of one k, far below the gate's bound: nothing may squeeze the axes, as a label off the scale did."""
+    table = (
+        synthetic_table(16, ("topk",)).query("status == 'completed'").assign(k=32, l0=32.0, l0_low=32.0, l0_high=32.0)
+    )
+    table["fvu"] = np.linspace(0.0705, 0.0758, len(table))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for drawn in figures.draw(table, synthetic_curves(table), synthetic_decision(table)).values():
+            drawn.figure.savefig(io.BytesIO())
 
 
 def test_an_outlier_does_not_set_the_scale() -> None:
