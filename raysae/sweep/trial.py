@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +23,7 @@ from raysae.sae.losses import Batch
 from raysae.sae.metrics import RowSums
 from raysae.sae.train import InputScale, Member, Pack, Recipe, geometric_median
 
+T = TypeVar("T")
 SAMPLE_ROWS = 8192
 """Validation rows on which a rung measures FVU and L0."""
 
@@ -85,6 +89,8 @@ def train_pack(
     sample = store.head(site, "validation", SAMPLE_ROWS).to(pack.device, torch.float32)
     first = next(_stream(trial, store, site, 0))
     stream = _stream(trial, store, site, pack.step)
+    if pack.device.type == "cuda":
+        stream = ahead(stream, lambda batch: _on_device(batch, pack.device))
     for goal in _rungs(recipe.steps, trial.rungs):
         if goal <= pack.step and not (goal == recipe.steps == pack.step):
             continue
@@ -133,6 +139,51 @@ def _stream(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch
     return (
         Batch(x, labels if trial.label else None, follows if trial.neighbours else None) for x, labels, follows in rows
     )
+
+
+def ahead(items: Iterator[T], prepare: Callable[[T], T], depth: int = 2) -> Iterator[T]:
+    """`items`, prepared by a thread that keeps up to `depth` of them ready: reading and copying overlap the steps."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    ended = threading.Event()
+
+    def put(item: Any) -> None:
+        while not ended.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((prepare(item), None))
+                if ended.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # the consumer's to see
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _on_device(batch: torch.Tensor | Batch, device: torch.device) -> torch.Tensor | Batch:
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    if isinstance(batch, torch.Tensor):
+        return move(batch)
+    labels, follows = (None if t is None else move(t) for t in batch[1:])
+    return Batch(move(batch.x), labels, follows)
 
 
 def _rungs(steps: int, rungs: int) -> list[int]:

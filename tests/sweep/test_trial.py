@@ -1,7 +1,9 @@
 """A trial on a tiny store: rungs, resuming to the same bits, what it writes; and the table that is read from it."""
 
+import itertools
 import json
 import math
+import threading
 from dataclasses import replace
 
 import pandas as pd
@@ -16,7 +18,7 @@ from raysae.sae.architectures import SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.train import Member, Recipe
 from raysae.sweep.collect import CURVES, FACTS, curves, training_table
-from raysae.sweep.trial import Start, Trial, input_scale, saelens_hook, train_pack
+from raysae.sweep.trial import Start, Trial, ahead, input_scale, saelens_hook, train_pack
 
 D, SITE = 8, "blocks.0.resid_post"
 RECIPE = Recipe(steps=20, batch_size=16, warmup_steps=2, decay_steps=5, sparsity_warmup_steps=4, dead_after_tokens=64)
@@ -258,3 +260,21 @@ def test_where_an_sae_starts(store, b_dec):
     torch.testing.assert_close(centre, expected)
     if b_dec == "geometric_median":
         assert (rows - centre).norm(dim=1).sum() < (rows - scale.mean).norm(dim=1).sum()
+
+
+def test_reading_ahead_keeps_the_order_passes_errors_on_and_ends_its_thread():
+    before = threading.active_count()
+    assert list(ahead(iter(range(50)), lambda i: 2 * i)) == list(range(0, 100, 2))
+
+    def broken():
+        yield 1
+        raise OSError("the disk is gone")
+
+    stream = ahead(broken(), lambda i: i)
+    assert next(stream) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    endless = ahead(itertools.count(), lambda i: i)
+    assert [next(endless) for _ in range(5)] == [0, 1, 2, 3, 4]
+    endless.close()
+    assert threading.active_count() == before
