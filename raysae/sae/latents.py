@@ -146,15 +146,18 @@ class Sparse:
 Latents = Dense | Sparse
 
 
-def entries(f: Tensor, on: Tensor | None = None) -> Latents:
-    """f [rows, d_sae] with the places where `on` (f > 0, if None): sparse where few are, on a CPU.
+def sparse_pays(share: float, device: torch.device) -> bool:
+    """Whether a matrix with this share of its entries on is better kept sparse. On a CPU only: on a GPU counting them would
+    wait for the device, and a gather gains less over its matrix units (not measured)."""
+    return device.type == "cpu" and share < SPARSE_BELOW
 
-    On a GPU counting them would wait for the device, and a gather gains less over its matrix units.
-    """
-    if f.device.type != "cpu":
+
+def entries(f: Tensor, on: Tensor | None = None) -> Latents:
+    """f [rows, d_sae] with the places where `on` (f > 0, if None): sparse where that pays."""
+    if not sparse_pays(0.0, f.device):
         return Dense(f)
     on = f > 0 if on is None else on
-    if int(on.view(torch.uint8).sum(0, dtype=torch.int32).sum()) >= SPARSE_BELOW * f.numel():
+    if not sparse_pays(int(on.view(torch.uint8).sum(0, dtype=torch.int32).sum()) / f.numel(), f.device):
         return Dense(f)
     index = on.flatten().nonzero().squeeze(1)
     row = index.div(f.shape[1], rounding_mode="floor")

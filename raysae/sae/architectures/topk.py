@@ -68,8 +68,8 @@ class TopK(Architecture):
         k, centred = config.k or 0, x - p["b_dec"]
         pre = product(moment.dtype, p["b_enc"], centred, p["W_enc"])  # [rows, d_sae]
         chosen = cls.select(pre, k)
-        sparse = k < latents.SPARSE_BELOW * config.d_sae and moment.latent_terms is None
-        f: Latents = chosen if sparse else Dense(chosen.dense().to(moment.dtype or x.dtype))
+        dense = moment.latent_terms is not None or not latents.sparse_pays(k / config.d_sae, x.device)
+        f: Latents = Dense(chosen.dense().to(moment.dtype or x.dtype)) if dense else chosen
         made = cls.reconstruct(p, x, f, moment)
         gradients = affine_gradients(p, centred, made.g_out, made.g_W_dec, made.g_pre)
         terms = {"reconstruction": made.loss}
