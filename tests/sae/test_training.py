@@ -33,7 +33,7 @@ ALL = [
     TOPK,
     BATCHTOPK,
     Member("unit", SAEConfig("relu_unit_norm", D, 40, l1_coefficient=0.4, seed=5), 1e-2),
-    Member("p_anneal", SAEConfig("p_anneal", D, 40, l1_coefficient=0.05, seed=6), 1e-2),
+    Member("p_anneal", SAEConfig("p_anneal", D, 40, l1_coefficient=0.15, seed=6), 1e-2),
     Member("gated", SAEConfig("gated", D, 40, l1_coefficient=0.3, seed=7), 1e-2),
     Member("jumprelu", SAEConfig("jumprelu", D, 40, target_l0=4, seed=8), 1e-2),
     Member("jumprelu_l0", SAEConfig("jumprelu_l0", D, 40, l0_coefficient=0.02, seed=9), 1e-2),
