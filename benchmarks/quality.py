@@ -9,14 +9,16 @@ here. Every SAE has d_sae 1024 and sees the same batches of 2048 training rows.
 - Recipe: each library's own input scale, start and loss, and its shares of warm-up and decay. Learning rates: its own
   and both of ours (the default, and the config's); the best one on validation rows counts. SAELens' JumpReLU is tried
   with both of the losses that it documents, the quadratic and Anthropic's.
-- L0: with seed 0 the sparsity setting is adjusted until L0 is within 3 % of 16, in up to three runs; the other seeds
-  run at the setting so found. FVU is read off at L0 = 16 exactly, log FVU taken as linear in log L0 with the slope of
-  seed 0's nearest two runs.
+- L0: with seed 0 the sparsity setting is adjusted until L0 is within 3 % of 16, in up to three runs; then every seed
+  runs at the setting so found. FVU is read off at L0 = 16 exactly, log FVU taken as linear in log L0 with the slope
+  between two of the adjusting runs.
 - Measurement: one evaluator (`RowSums`) for all, on raw test rows, with each library's own rule of inference. Dead are
   latents that fire on no training row by that rule. (In training, a latent is dead after 1M tokens of silence, more than
   an epoch, or after half of the run: one threshold for all libraries, whose own are too long for such runs.)
 
-"No worse": our mean FVU exceeds a library's by no more than the standard deviation of their difference.
+"No worse": our mean FVU exceeds a library's by no more than the standard deviation of their difference. Some 150 SAEs
+are trained, two at a time on two cores: about an hour; half of it with --tokens 1000000. --threads and --repeats do
+nothing here.
 """
 
 from __future__ import annotations

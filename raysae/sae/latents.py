@@ -153,12 +153,12 @@ def sparse_pays(share: float, device: torch.device) -> bool:
 
 
 def entries(f: Tensor, on: Tensor | None = None) -> Latents:
-    """f [rows, d_sae] with the places where `on` (f > 0, if None): sparse where that pays."""
+    """f [rows, d_sae] with the places where `on` (f ≠ 0, if None): sparse where that pays."""
     if not sparse_pays(0.0, f.device):
         return Dense(f)
-    on = f > 0 if on is None else on
-    if not sparse_pays(int(on.view(torch.uint8).sum(0, dtype=torch.int32).sum()) / f.numel(), f.device):
+    if not sparse_pays(int(torch.count_nonzero(f if on is None else on)) / f.numel(), f.device):
         return Dense(f)
+    on = f != 0 if on is None else on
     index = on.flatten().nonzero().squeeze(1)
     row = index.div(f.shape[1], rounding_mode="floor")
     values = f.flatten()[index]

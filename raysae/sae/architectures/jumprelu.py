@@ -73,7 +73,7 @@ class JumpReLU(Architecture):
         cls, p: Parameters, config: SAEConfig, moment: Moment, pre: Tensor, f: Tensor, on: Tensor, norms: Tensor
     ) -> Penalty:
         """The sparsity term, its coefficient included."""
-        ratio = on.sum(dtype=torch.float32) / (on.shape[0] * config.sparsity)
+        ratio = torch.count_nonzero(on).float() / (on.shape[0] * config.sparsity)
         return Penalty(moment.sparsity * (ratio - 1) ** 2, 2 * moment.sparsity * (ratio - 1) / config.sparsity)
 
     @classmethod
@@ -84,19 +84,19 @@ class JumpReLU(Architecture):
         low = threshold.to(pre.dtype)
         all_on, all_near = pre > low, (pre - low).abs_() < epsilon / 2
         # Places: where a latent is on, or near enough to its threshold to move it.
-        f = moment.latents(pre * all_on, all_on | all_near) if cls.local else Dense(pre * all_on)
+        f = moment.latents(pre.mul_(all_on), all_on | all_near) if cls.local else Dense(pre * all_on)
         on, near = f.at(all_on), f.at(all_near)
         loss, _, g_out = reconstruct(p, f, x)
         norms = p["W_dec"].norm(dim=1)
         penalty = cls.penalty(p, config, moment, pre, f.values, all_on, norms)
+        g_W_dec, fired = f.rows(g_out), f.fired()
+        window = f.with_values(near.to(f.values.dtype)).sum()  # [d_sae] rows near the threshold
         g_f = moment.gradient(f, g_out, p["W_dec"]).values
         if penalty.at_f is not None:
             g_f += penalty.at_f
-        window = f.with_values(near.to(g_f.dtype)).sum()  # [d_sae] rows near the threshold
-        g_threshold = threshold * f.with_values(g_f * near).sum() + penalty.at_l0 / x.shape[0] * window
+        g_pre = f.with_values(torch.mul(g_f, on, out=f.values))  # f is done with: its memory serves
+        g_threshold = threshold * f.with_values(g_f.mul_(near)).sum() + penalty.at_l0 / x.shape[0] * window
         g_threshold /= -epsilon
-        g_pre = f.with_values(g_f.mul_(on))
-        g_W_dec = f.rows(g_out)
         if penalty.at_pre is not None:
             g_pre.values.add_(penalty.at_pre)
         if penalty.at_threshold is not None:
@@ -106,7 +106,7 @@ class JumpReLU(Architecture):
         gradients = affine_gradients(p, centred, g_out, g_W_dec, g_pre)
         gradients["log_threshold"] = g_threshold * threshold
         terms = {"reconstruction": loss, "sparsity": penalty.value}
-        return Step({name: gradients[name] for name in cls.trained}, terms, f.fired())
+        return Step({name: gradients[name] for name in cls.trained}, terms, fired)
 
     @classmethod
     def to_saelens(cls, p: Parameters, config: SAEConfig) -> tuple[Parameters, dict[str, object]]:
@@ -130,7 +130,7 @@ class StepJumpReLU(JumpReLU):
         cls, p: Parameters, config: SAEConfig, moment: Moment, pre: Tensor, f: Tensor, on: Tensor, norms: Tensor
     ) -> Penalty:
         weight = config.sparsity * moment.sparsity
-        return Penalty(weight * on.sum(dtype=torch.float32) / on.shape[0], weight)
+        return Penalty(weight * torch.count_nonzero(on).float() / on.shape[0], weight)
 
 
 class TanhJumpReLU(JumpReLU):
