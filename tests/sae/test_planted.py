@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
 from raysae.sae.train import InputScale, Member, Pack, Recipe
 
-D, ATOMS, ACTIVE, D_SAE, BATCH, STEPS = 32, 48, 3, 96, 512, 1500
+D, ATOMS, ACTIVE, D_SAE, BATCH, STEPS = 32, 48, 3, 96, 256, 1500
 
 
 def planted(rows: int, seed: int) -> torch.Tensor:
