@@ -163,3 +163,5 @@ def test_a_block_that_always_kills_its_host_fails_with_its_name(ray_cluster, ari
     with pytest.raises(CaptureError, match=r"train-00001-\w+ killed its host 2 times"):
         raysae.sweep(small_job(arithmetic_model, tmp_path, cluster={"max_restarts": 1}))
     assert not list(tmp_path.glob("stages/store-*/manifest.json"))
+    monkeypatch.setattr(raysae.flow, "_CaptureWork", real)
+    assert rows_of(raysae.sweep(small_job(arithmetic_model, tmp_path)).path.parent)
