@@ -12,6 +12,7 @@ import importlib
 import io
 import math
 import os
+import statistics
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
@@ -70,8 +71,24 @@ class Trainer(ABC):
         """Optimizer steps on the first `steps` batches [batch, d_in] of raw rows, in float32 and on the device."""
 
     @abstractmethod
+    def encoders(self) -> list[tuple[Tensor, Tensor]]:
+        """Each SAE's (encoder [d_in, d_sae], bias [d_sae]), which may be written to."""
+
+    @abstractmethod
+    def count_dead(self, index: Tensor) -> None:
+        """Count these latents as dead."""
+
     def kill(self, index: Tensor) -> None:
         """Switch these latents off and count them as dead."""
+        for _, bias in self.encoders():
+            bias[index] = OFF
+        self.count_dead(index)
+
+    def thin(self, share: float) -> None:
+        """Let this share of the latents fire on rows drawn from a normal distribution with mean ‖x‖² = 1."""
+        quantile = statistics.NormalDist().inv_cdf(share)
+        for encoder, bias in self.encoders():
+            bias.copy_(quantile * encoder.norm(dim=0) / math.sqrt(len(encoder)))
 
     @abstractmethod
     def inference(self) -> Reconstruct:
@@ -95,9 +112,11 @@ class Ours(Trainer):
     def train(self, batches: Iterable[Tensor], steps: int) -> None:
         self.pack.train(islice(batches, steps))
 
-    def kill(self, index: Tensor) -> None:
+    def encoders(self) -> list[tuple[Tensor, Tensor]]:
+        return [(m.parameters["W_enc"], m.parameters["b_enc"]) for m in self.pack._members.values()]
+
+    def count_dead(self, index: Tensor) -> None:
         for member in self.pack._members.values():
-            member.parameters["b_enc"][index] = OFF
             member.silent_tokens[index] = self.pack.recipe.dead_after_tokens
 
     def inference(self) -> Reconstruct:
@@ -195,9 +214,11 @@ class SAELens(Trainer):
         self.trainer.cfg.total_training_samples += steps * self.batch_size
         self.trainer.fit()
 
-    def kill(self, index: Tensor) -> None:
+    def encoders(self) -> list[tuple[Tensor, Tensor]]:
+        return [(trainer.sae.W_enc.data, trainer.sae.b_enc.data) for trainer in self.trainers]
+
+    def count_dead(self, index: Tensor) -> None:
         for trainer in self.trainers:
-            trainer.sae.b_enc.data[index] = OFF
             trainer.n_forward_passes_since_fired[index] = trainer.cfg.dead_feature_window + 1
 
     def inference(self) -> Reconstruct:
@@ -280,9 +301,12 @@ class DictionaryLearning(Trainer):
                     trainer.update(self.step, scaled)
             self.step += 1
 
-    def kill(self, index: Tensor) -> None:
+    def encoders(self) -> list[tuple[Tensor, Tensor]]:
+        encoders = [trainer.ae.encoder for trainer in self.trainers]
+        return [(encoder.weight.data.T, encoder.bias.data) for encoder in encoders]
+
+    def count_dead(self, index: Tensor) -> None:
         for trainer in self.trainers:
-            trainer.ae.encoder.bias.data[index] = OFF
             trainer.num_tokens_since_fired[index] = trainer.dead_feature_threshold
 
     def inference(self) -> Reconstruct:
@@ -342,9 +366,11 @@ class Sparsify(Trainer):
                 silent += x.shape[0]
                 silent[index] = 0
 
-    def kill(self, index: Tensor) -> None:
-        for sae, silent in zip(self.saes, self.silent, strict=True):
-            sae.encoder.bias.data[index] = OFF
+    def encoders(self) -> list[tuple[Tensor, Tensor]]:
+        return [(sae.encoder.weight.data.T, sae.encoder.bias.data) for sae in self.saes]
+
+    def count_dead(self, index: Tensor) -> None:
+        for silent in self.silent:
             silent[index] = self.dead_after_tokens + 1
 
     def inference(self) -> Reconstruct:

@@ -8,7 +8,8 @@ on all; a figure is the median of the rounds with its quartiles.
 
 - Packs: ReLU + L1 SAEs of expansion factors 4 and 8 with four L1 coefficients each (d_model 2048 on a CPU: one of
   factor 4), as one pack of ours, in SAELens' MultiSAETrainer, and in dictionary_learning's loop over its trainers. On
-  CUDA also 16 of factors 2 to 32.
+  CUDA also 16 of factors 2 to 32. Twice: with half of the latents firing, as at the start, and with 3 %, for which all
+  encoder biases are lowered, as after the first tenth of a training (where ours computes with the entries that fire).
 - Singles: one SAE of expansion factor 8 by architecture (k = 32), with no latent dead and with 5 % switched off and
   counted as dead in each library, so that AuxK has the same work.
 - Memory: the most that a step holds above what the process held before the SAE was made, in a process of its own. On a
@@ -76,7 +77,8 @@ def main() -> int:
     for d_model in args.d_model:
         one = d_model >= 2048 and args.device == "cpu" and args.expansions is None
         factors = [4] if one else args.expansions or [4, 8]
-        tables.append(packs(d_model, [(f, c) for f in factors for c in (L1[:1] if one else L1)], args))
+        shapes = [(f, c) for f in factors for c in (L1[:1] if one else L1)]
+        tables += [packs(d_model, shapes, args, firing) for firing in args.firing]
     if args.device == "cuda" and not args.quick:
         tables.append(packs(768, [((2, 4, 8, 16, 32)[i % 5], L1[i // 5]) for i in range(16)], args))
     for d_model in args.single:
@@ -92,6 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--d-model", type=int, nargs="*", default=[64, 256, 768, 2048], help="widths of the packs")
     parser.add_argument("--expansions", type=int, nargs="+", help="of the packs (default 4 8)")
+    parser.add_argument("--firing", type=float, nargs="+", default=[0.5, 0.03], help="shares of the packs' latents")
     parser.add_argument("--single", type=int, nargs="*", default=[256, 2048 if cuda else 768], help="widths of singles")
     parser.add_argument("--architectures", nargs="+", default=["relu", "topk", "batchtopk", "jumprelu"])
     parser.add_argument("--batch", type=int, default=4096)
@@ -114,18 +117,21 @@ def arguments() -> argparse.Namespace:
 # Tables
 
 
-def packs(d_model: int, shapes: Sequence[tuple[int, float]], args: argparse.Namespace) -> common.Table:
-    """ReLU SAEs of these (expansion factor, L1 coefficient) on one stream."""
+def packs(
+    d_model: int, shapes: Sequence[tuple[int, float]], args: argparse.Namespace, firing: float = 0.5
+) -> common.Table:
+    """ReLU SAEs of these (expansion factor, L1 coefficient) on one stream, this share of whose latents fires."""
     specs = [Spec("relu", d_model, factor * d_model, l1, 1e-4) for factor, l1 in shapes]
     factors = ", ".join(map(str, sorted({factor for factor, _ in shapes})))
     table = common.Table.titled(
-        f"{len(specs)} SAEs: d_model {d_model}, expansion {factors}, ReLU + L1, batch {args.batch}, {args.device}"
+        f"{len(specs)} SAEs: d_model {d_model}, expansion {factors}, ReLU + L1, batch {args.batch}, {firing:.0%} firing, "
+        f"{args.device}"
     )
     works, precisions = products(d_model, max(s.d_sae for s in specs), table, args)
     for library in args.trainers:
-        works |= steps(library, specs, 0.0, precisions, args)
+        works |= steps(library, specs, 0.0, precisions, args, firing)
     if len(specs) > 1:
-        alone = [steps("raysae", [s], 0.0, ["auto"], args)["raysae, auto"] for s in specs]
+        alone = [steps("raysae", [s], 0.0, ["auto"], args, firing)["raysae, auto"] for s in specs]
         works["raysae, auto, one by one"] = Work("one by one", lambda n: _each(alone, n), len(specs) * args.batch)
     rates = race(works, table, "", args)
 
@@ -217,7 +223,12 @@ def single(architecture: str, d_model: int, d_sae: int) -> Spec:
 
 
 def steps(
-    library: str, specs: Sequence[Spec], dead: float, precisions: Sequence[str], args: argparse.Namespace
+    library: str,
+    specs: Sequence[Spec],
+    dead: float,
+    precisions: Sequence[str],
+    args: argparse.Namespace,
+    firing: float = 0.5,
 ) -> dict[str, Work]:
     """A library's optimizer steps, by setting; none where it lacks the architecture. Its SAEs are made at the first."""
     made, architecture = peers.LIBRARIES[library], specs[0].architecture
@@ -249,6 +260,8 @@ def steps(
                 trainer[0].train(batches, 1)  # some start from their first batch
                 if dead:
                     trainer[0].kill(torch.arange(round(dead * specs[0].d_sae), device=args.device))
+                if firing != 0.5:  # as at the start
+                    trainer[0].thin(firing)
                 if "compile_sae" in more:  # AuxK's branch is compiled when it is first taken
                     trainer[0].train(batches, 3)
             trainer[0].train(batches, n)

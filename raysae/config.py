@@ -209,7 +209,8 @@ class TrainingConfig(Section):
     sparsity_warmup_fraction: Fraction = 0.1
     """Share of the steps over which the sparsity coefficient rises linearly."""
     dead_after_tokens: PositiveInt = 1_000_000
-    """A latent that has not fired for so many training tokens is dead (in shorter runs: for half of the tokens)."""
+    """A latent that has not fired for so many training tokens is dead (in runs under 20 times as long: a twentieth
+    of theirs)."""
     losses: LossesConfig = LossesConfig()
     """Terms of the loss beside reconstruction and sparsity; all off by default."""
     b_dec: Literal["mean", "geometric_median", "zero"] = "mean"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -156,10 +157,11 @@ def entries(f: Tensor, on: Tensor | None = None) -> Latents:
     """f [rows, d_sae] with the places where `on` (f ≠ 0, if None): sparse where that pays."""
     if not sparse_pays(0.0, f.device):
         return Dense(f)
-    if not sparse_pays(int(torch.count_nonzero(f if on is None else on)) / f.numel(), f.device):
+    some = (f if on is None else on)[::16] != 0  # a sixteenth of the rows: to count all costs as much as a product at d 64
+    if not sparse_pays(int(torch.count_nonzero(some)) / some.numel(), f.device):
         return Dense(f)
     on = f != 0 if on is None else on
-    index = on.flatten().nonzero().squeeze(1)
+    index = torch.from_numpy(np.flatnonzero(on.numpy()))  # torch's own takes up to ten times as long on one thread
     row = index.div(f.shape[1], rounding_mode="floor")
     values = f.flatten()[index]
     values = values.float() if values.dtype == torch.bfloat16 else values  # embedding_bag's weights match its rows

@@ -80,10 +80,10 @@ def test_a_member_has_the_knob_of_its_architecture_alone():
 
 
 def test_the_recipe_counts_tokens_in_steps():
-    made = recipe(100_000, 100, 0.05, 0.2, 0.1, dead_after_tokens=20_000)
+    made = recipe(100_000, 100, 0.05, 0.2, 0.1, dead_after_tokens=2_000)
     assert (made.steps, made.warmup_steps, made.decay_steps, made.sparsity_warmup_steps) == (1000, 50, 200, 100)
-    assert made.dead_after_tokens == 20_000
-    assert recipe(100_000, 100, 0.05, 0.2, 0.1, dead_after_tokens=10**9).dead_after_tokens == 50_000
+    assert made.dead_after_tokens == 2_000
+    assert recipe(100_000, 100, 0.05, 0.2, 0.1, dead_after_tokens=10**9).dead_after_tokens == 5_000
     rates = [made.rate(t) for t in range(1000)]
     assert rates[0] == pytest.approx(1 / 50) and rates[49] == 1 and set(rates[49:800]) == {1.0}
     assert rates[801:] == sorted(rates[801:], reverse=True) and 0 < rates[-1] <= 1 / 200
