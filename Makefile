@@ -11,8 +11,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 sweep: $(VENV)/.run  ## find an SAE for the embedded model; no downloads but packages
 	$(BIN)/python jobs/sweep_sae.py --config configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/.dev  ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## the whole test suite, two tests at a time
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -141,9 +141,22 @@ class SAELens(Trainer):
         "relu": "standard",
         "topk": "topk",
         "batchtopk": "batchtopk",
+        "abstopk": "abstopk",
         "jumprelu": "jumprelu",
+        "jumprelu_l0": "jumprelu",
+        "jumprelu_tanh": "jumprelu",
         "gated": "gated",
         "matryoshka": "matryoshka_batchtopk",
+    }
+    jumprelu: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "jumprelu": {"jumprelu_sparsity_loss_mode": "quadratic"},
+        "jumprelu_l0": {"jumprelu_sparsity_loss_mode": "step"},
+        "jumprelu_tanh": {  # with what its documentation gives for this loss
+            "jumprelu_sparsity_loss_mode": "tanh",
+            "pre_act_loss_coefficient": 3e-6,
+            "jumprelu_bandwidth": 2.0,
+            "jumprelu_init_threshold": 0.1,
+        },
     }
 
     def __init__(self, specs: Sequence[Spec], recipe: Recipe, scale: InputScale | None, device: str) -> None:
@@ -189,10 +202,10 @@ class SAELens(Trainer):
         }
         if spec.architecture in ("relu", "gated"):
             fields |= {"l1_coefficient": spec.sparsity, "l1_warm_up_steps": recipe.sparsity_warmup_steps}
-        elif spec.architecture == "jumprelu":
-            goal = "l0_coefficient" if "jumprelu_sparsity_loss_mode" in spec.options else "target_l0"
-            fields |= {"jumprelu_sparsity_loss_mode": "quadratic", "l0_warm_up_steps": recipe.sparsity_warmup_steps}
-            fields[goal] = spec.sparsity
+        elif spec.architecture in self.jumprelu:
+            goal = "target_l0" if spec.architecture == "jumprelu" else "l0_coefficient"
+            fields |= {goal: spec.sparsity, "l0_warm_up_steps": recipe.sparsity_warmup_steps}
+            fields |= self.jumprelu[spec.architecture]
         else:
             fields["k"] = round(spec.sparsity)
         if spec.architecture == "matryoshka":
@@ -246,6 +259,7 @@ class DictionaryLearning(Trainer):
     library, module = "dictionary_learning", "dictionary_learning"
     names: ClassVar[Mapping[str, str]] = {
         "relu": "standard.StandardTrainerAprilUpdate",
+        "relu_unit_norm": "standard.StandardTrainer",
         "topk": "top_k.TopKTrainer",
         "batchtopk": "batch_top_k.BatchTopKTrainer",
         "jumprelu": "jumprelu.JumpReluTrainer",

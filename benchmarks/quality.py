@@ -7,8 +7,8 @@ of them (`results/stages/store-*` after `jobs/sweep_sae.py --config configs/stor
 here. Every SAE has d_sae 1024 and sees the same batches of 2048 training rows.
 
 - Recipe: each library's own input scale, start and loss, and its shares of warm-up and decay. Learning rates: three or
-  four, its own default among them; the best one on validation rows counts. SAELens' JumpReLU is tried
-  with both of the losses that it documents, the quadratic and Anthropic's.
+  four, its own default among them; the best one on validation rows counts. SAELens' JumpReLU
+  is compared loss by loss: quadratic, step, tanh.
 - L0: with seed 0 the sparsity setting is adjusted until L0 is within 3 % of 16, in up to three runs; then every seed
   runs at the setting so found. FVU is read off at L0 = 16 exactly, log FVU taken as linear in log L0 with the slope
   between two of the adjusting runs.
@@ -37,7 +37,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import common
 import peers
@@ -68,15 +67,11 @@ SHARES = {  # of the steps: warm-up, decay, sparsity warm-up
     "dictionary_learning": (0.05, 0.2, 0.05),
     "sparsify": (0.0, 0.0, 0.0),
 }
-ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu", "gated", "p_anneal", "matryoshka")
-BY_L1 = {"relu": 0.1, "gated": 0.2, "p_anneal": 0.06}  # where the search starts, for inputs of mean ‖x‖² = 1
-BY_K = ("topk", "batchtopk", "matryoshka")
-ANTHROPIC = {
-    "jumprelu_sparsity_loss_mode": "tanh",
-    "pre_act_loss_coefficient": 3e-6,
-    "jumprelu_bandwidth": 2.0,
-    "jumprelu_init_threshold": 0.1,
-}
+BY_L1 = {"relu": 0.1, "relu_unit_norm": 0.1, "gated": 0.2, "p_anneal": 0.06}
+BY_L0 = {"jumprelu_l0": 6e-4, "jumprelu_tanh": 6e-4}
+BY_K = ("topk", "batchtopk", "matryoshka", "abstopk")
+START = dict.fromkeys((*BY_K, "jumprelu"), TARGET) | BY_L1 | BY_L0
+"""Where the search for the sparsity setting starts, by architecture, for inputs of mean ‖x‖² = 1."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,6 @@ class Way:
     """How a library is asked to train."""
 
     learning_rate: float
-    options: dict[str, Any]
     start: float
     """The sparsity setting to begin with."""
     falling: bool
@@ -150,7 +144,9 @@ def main() -> int:
             for library, made in here.items()
             if architecture in made.names
         ]
-        outcomes = run_all(jobs, args.jobs)
+        known = earlier(args.earlier, store) if args.earlier else {}
+        made = run_all([job for job in jobs if job not in known], args.jobs) | known
+        outcomes = [made[job] for job in jobs]
         table = report(outcomes, Store(store), args)
     for library, why in absent.items():
         table.add(library, why)
@@ -164,7 +160,8 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--store", type=Path)
-    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--earlier", type=Path, help="what --json wrote: the other libraries' outcomes are taken from it")
+    parser.add_argument("--architectures", nargs="+", default=list(START), choices=list(START))
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each SAE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=int, default=4, help="learning rates tried, from the largest")
@@ -213,7 +210,18 @@ def rows(store: Path, split: str) -> torch.Tensor:
 # One implementation
 
 
-def run_all(jobs: Sequence[Job], workers: int) -> list[Outcome]:
+def earlier(path: Path, store: Path) -> dict[Job, Outcome]:
+    """The other libraries' outcomes in a file that `--json` wrote."""
+    found = {}
+    for o in read_json(path)["outcomes"]:
+        job, way = Job(**o["job"] | {"store": store}), Way(**o["way"])
+        searched = [(Way(**way), [Point(**p) for p in points]) for way, points in o["searched"]]
+        if job.library != "raysae":
+            found[job] = Outcome(job, way, o["slope"], [Point(**p) for p in o["points"]], searched)
+    return found
+
+
+def run_all(jobs: Sequence[Job], workers: int) -> dict[Job, Outcome]:
     """All jobs, those of the slower libraries first, in processes of one thread."""
     outcomes: dict[Job, Outcome] = {}
     start = time.perf_counter()
@@ -227,20 +235,17 @@ def run_all(jobs: Sequence[Job], workers: int) -> list[Outcome]:
             mean, sd = moments(outcome.fvu)
             shown = f"FVU {mean:.4f} ± {sd:.4f}, {runs} SAEs, {time.perf_counter() - start:.0f} s"
             print(f"{len(outcomes)}/{len(jobs)} {job.architecture}, {job.library}: {shown}", file=sys.stderr)
-    return [outcomes[job] for job in jobs]
+    return outcomes
 
 
 def measure(job: Job) -> Outcome:
     """Search for the setting with seed 0, try the other learning rates at it, and run all seeds in the best way."""
     warnings.filterwarnings("ignore")
-    searched: list[tuple[Way, list[Point]]] = []
-    slopes: list[float] = []
-    for first, *others in ways(job):
-        points = search(job, first, [])
-        setting, slope = settle(points, first)
-        searched += [(first, points), *((way, [train(job, way, setting, 0)]) for way in others)]
-        slopes += [slope] * (1 + len(others))
-    values = [at_target(points, slope) for (_, points), slope in zip(searched, slopes, strict=True)]
+    first, *others = ways(job)
+    points = search(job, first, [])
+    setting, slope = settle(points, first)
+    searched = [(first, points), *((way, [train(job, way, setting, 0)]) for way in others)]
+    values = [at_target(points, slope) for _, points in searched]
     way, points = searched[values.index(min(values))]
     search(job, way, points)
     if math.isnan(settle(points, way)[1]):
@@ -249,16 +254,13 @@ def measure(job: Job) -> Outcome:
     return Outcome(job, way, slope, [train(job, way, setting, seed, final=True) for seed in range(job.seeds)], searched)
 
 
-def ways(job: Job) -> list[list[Way]]:
-    """By loss, the ways that differ in the learning rate alone."""
+def ways(job: Job) -> list[Way]:
+    """Those that differ in the learning rate."""
     rates = sorted(RATES[job.library], reverse=True)[: job.rates]
-    start, falling = BY_L1.get(job.architecture, TARGET), job.architecture in BY_L1
-    if falling and job.library == "SAELens":
-        start *= math.sqrt(D_IN)
-    losses = [[Way(rate, {}, start, falling) for rate in rates]]
-    if job.library == "SAELens" and job.architecture == "jumprelu":
-        losses.append([Way(rate, ANTHROPIC, 0.5, True) for rate in rates])
-    return losses
+    start = START[job.architecture]
+    if job.library == "SAELens":  # its inputs have mean ‖x‖² = d_in
+        start *= math.sqrt(D_IN) if job.architecture in BY_L1 else D_IN if job.architecture in BY_L0 else 1
+    return [Way(rate, start, job.architecture in BY_L1 | BY_L0) for rate in rates]
 
 
 def search(job: Job, way: Way, points: list[Point]) -> list[Point]:
@@ -281,7 +283,7 @@ def train(job: Job, way: Way, setting: float, seed: int, final: bool = False) ->
     store = Store(job.store)
     scale = InputScale(store.mean(SITE).float(), store.site(SITE)["mean_square_norm"])
     shared = recipe(job.tokens, BATCH, *SHARES[job.library], 1_000_000)
-    spec = Spec(job.architecture, D_IN, D_SAE, setting, way.learning_rate, seed, way.options)
+    spec = Spec(job.architecture, D_IN, D_SAE, setting, way.learning_rate, seed)
     trainer = made([spec], shared, scale, "cpu")
     trainer.train((x.float() for x in store.batches(SITE, "train", BATCH, seed=seed)), shared.steps)
     reconstruct = trainer.inference()
@@ -343,8 +345,7 @@ def report(outcomes: Sequence[Outcome], store: Store, args: argparse.Namespace) 
         for library, o in of.items():
             l0 = sum(p.l0 for p in o.points) / len(o.points)
             dead = 100 * sum(p.dead for p in o.points) / len(o.points)
-            how = f"lr {o.way.learning_rate:.1e}, setting {o.points[0].setting:.4g}{', ' if o.way.options else ''}"
-            how += ", ".join(str(v) for v in o.way.options.values() if isinstance(v, str))
+            how = f"lr {o.way.learning_rate:.1e}, setting {o.points[0].setting:.4g}"
             mean, sd = moments(o.fvu)
             shown = f"{mean:.4f} ± {sd:.4f} (L0 {l0:.1f}, dead {dead:.1f} %; {how})"
             table.add(f"{architecture}: {library}", shown if o.reached else f"not at this L0: {shown}")

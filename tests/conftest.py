@@ -50,7 +50,7 @@ def arithmetic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """The one local cluster of the test session."""
+    """The one local cluster of the test session: tests that use it are of the xdist group `ray`, so of one process."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)

@@ -21,7 +21,10 @@ from raysae.sae.formats import load_tensors
 from raysae.sae.losses import Batch, Losses, decorrelation, max_cosine, probe, temporal
 from raysae.sae.sae import SAE, fold
 
-ADAM_EPS, CLIP_NORM = 1e-8, 1.0
+ADAM_EPS, CLIP_NORM = 1e-8, 0.01
+"""Gradients are clipped to this norm, which most exceed, and stated in units of it. With norm 1, Adam's second moment
+remembers the first steps' large gradients for the thousand steps of its β2 = 0.999, and a short training stands still:
+stories260K, 500k tokens, TopK k = 16: FVU 0.053 against 0.049; ReLU: 0.130 at L0 18 against 0.116 at L0 9."""
 HEAD = ("probe.weight", "probe.bias")
 
 
@@ -178,9 +181,8 @@ class _Trained:
             g["W_dec"] -= (g["W_dec"] * p["W_dec"]).sum(1, keepdim=True) * p["W_dec"]
         trained = [name for name in self.trained if name in g]
         norm = torch.stack([g[name].norm() for name in trained]).norm()
-        clip = (CLIP_NORM / norm.clamp_min(1e-12)).clamp_max(1.0)
         for name in trained:
-            p[name].grad = g[name].mul_(clip)
+            p[name].grad = g[name].div_(norm.clamp_min(CLIP_NORM))
         for name, value in buffers.items():
             p[name].copy_(value)
         self.optimizer.param_groups[0]["lr"] = self.member.learning_rate * recipe.rate(step)

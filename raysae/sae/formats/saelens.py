@@ -1,8 +1,7 @@
 """SAELens 6, raysae's own format: `cfg.json` + `sae_weights.safetensors`, with a `raysae` block in the config.
 
 The traps are SAELens' (each was a bug somewhere): normalisation must be folded and said to be "none"; `dtype`, `k` and
-`metadata.sae_lens_version` must be there, or the loader fails, takes k=100, or drops the metadata without a word. An
-architecture that SAELens has no form for is written under our own name, which SAELens refuses.
+`metadata.sae_lens_version` must be there, or the loader fails, takes k=100, or drops the metadata without a word.
 """
 
 from __future__ import annotations
