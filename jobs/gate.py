@@ -1,10 +1,10 @@
-"""Print a run's decision; exit 0 on a go and 3 on a no-go, so that a pipeline stops.
+"""Print a run's decision and what was waived; exit 0 on a go and 3 on a no-go, so that a pipeline stops.
 
 python jobs/gate.py results/<run>
 """
 
 from raysae.errors import UserError
-from raysae.job import NO_GO, run_job
+from raysae.job import NO_GO, run_job, verdict
 from raysae.run import Run
 
 
@@ -13,8 +13,9 @@ def main(argv: list[str]) -> int:
         raise UserError("usage: gate.py RUN, a run's directory such as results/<run>")
     run = Run.open(argv[0])
     for c in run.decision["criteria"]:
-        print(f"{c['verdict']:4}  {c['metric']} {c['value']:.4g} {c['op']} {c['threshold']:g}  {c['criterion']}")
-    print(f"{run.decision['verdict'].upper()}: {run.decision['reason']}")
+        why = f" ({c['reason']})" if c.get("reason") else ""
+        print(f"{c['verdict']:6}  {c['metric']} {c['value']:.4g} {c['op']} {c['threshold']:g}  {c['criterion']}{why}")
+    print(verdict(run))
     return 0 if run.go else NO_GO
 
 

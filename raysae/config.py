@@ -282,6 +282,10 @@ class SweepJob(Section):
     """How each SAE is measured."""
     gate: Path = Path("configs/gates/default.yaml")
     """Criteria that the chosen SAE must meet."""
+    basis: Path | None = None
+    """Folder of an earlier run, such as the phase before, on whose go this one builds; it does not start on a no-go."""
+    waiver: Path | None = None
+    """YAML file in which a person waives criteria of the gate, or the basis' no-go: waived_by, why, criteria or run."""
     cluster: ClusterConfig = ClusterConfig()
     """Where work runs. Changes no result, so no stage depends on it."""
     tracking: TrackingConfig = TrackingConfig()

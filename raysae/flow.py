@@ -24,8 +24,9 @@ from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
 from raysae.data.tokens import tokenize
 from raysae.errors import UserError
-from raysae.gates.criteria import Gate, load_gate
+from raysae.gates.criteria import Gate, load_gate, passes
 from raysae.gates.select import choose, decide, pareto_front
+from raysae.gates.waivers import load_waiver, read_basis
 from raysae.models.embedded import N_BLOCKS, N_POSITIONS, train_embedded
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
 from raysae.models.registry import default_site
@@ -70,6 +71,8 @@ class Flow:
         self.config = config
         self.root = output_root(config.output, given="output" in config.model_fields_set)
         self.gate: Gate = load_gate(config.gate)
+        self.waiver = load_waiver(config.waiver, self.gate, config.basis) if config.waiver else None
+        self.basis = read_basis(config.basis, self.waiver) if config.basis else None
         self.finished: list[Stage] = []
         self._cluster: Cluster | None = None
         self._fingerprints: dict[str, dict[str, str | None]] = {}
@@ -338,24 +341,21 @@ class Flow:
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
         table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
-        choice = choose(table, self.gate)
-        table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
-        table["passes_gate"] = table["sae_id"].map(
-            lambda i: (
-                all(v.verdict == "pass" for v in choice.verdicts.get(i, []) if v.mandatory) and i in choice.verdicts
-            )
-        )
         controls = {
             i: {**m, **_control_shape(i, store), "dead_fraction": m["never_fired_fraction"]}
             for i, m in metrics.items()
             if i.startswith("control-")
         }
+        choice = choose(table, self.gate, controls, self.waiver)
+        table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
+        table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))
         test = None
         if choice.chosen is not None:
             tested = self.evaluation("test", saes, store, tokens, model, only=choice.chosen)
             row = table.set_index("sae_id").loc[choice.chosen]
-            test = {**row[["d_sae", "expansion_factor", "dead_fraction"]], **tested.manifest["metrics"][choice.chosen]}
-        decision = decide(self.gate, str(self.config.gate), choice, controls, test)
+            kept = row[["site", "d_sae", "expansion_factor", "dead_fraction"]]
+            test = {**kept, **tested.manifest["metrics"][choice.chosen]}
+        decision = decide(self.gate, str(self.config.gate), choice, controls, test, self.waiver, self.basis)
 
         directory = self.directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -395,8 +395,10 @@ class Flow:
         return self.root / name
 
     def _identity(self) -> dict[str, Any]:
-        """What the run's results depend on: its config but for where it runs, and the gate's content."""
-        return {**self.config.identity(), "gate": self.gate.model_dump(mode="json")}
+        """What the run's results depend on: its config but for where it runs, and what gate, waiver and basis say."""
+        waiver = self.waiver.model_dump(mode="json") if self.waiver else None
+        content = {"gate": self.gate.model_dump(mode="json"), "waiver": waiver, "basis": self.basis}
+        return {**self.config.identity(), **content}
 
     def _check_run(self) -> None:
         """Refuse a run directory that belongs to another config."""
@@ -538,10 +540,14 @@ def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _control_shape(sae_id: str, store: Stage) -> dict[str, float]:
-    """d_sae and expansion factor of `control-untrained-<architecture>-<d_sae>-<site>`."""
+def _control_shape(sae_id: str, store: Stage) -> dict[str, Any]:
+    """Site, d_sae and expansion factor of `control-untrained-<architecture>-<d_sae>-<site>`."""
     d_sae, site = sae_id.split("-", 4)[3:]
-    return {"d_sae": int(d_sae), "expansion_factor": int(d_sae) / store.manifest["sites"][site]["d_model"]}
+    return {
+        "site": site,
+        "d_sae": int(d_sae),
+        "expansion_factor": int(d_sae) / store.manifest["sites"][site]["d_model"],
+    }
 
 
 def _coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], dict[str, Sequence[float]]]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from raysae.errors import CaptureError, UserError
+from raysae.gates.waivers import in_words
 from raysae.run import Run
 
 NO_GO = 3
@@ -26,9 +27,15 @@ def run_job(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(130)
 
 
+def verdict(run: Run) -> str:
+    """The decision, and below it what was waived."""
+    lines = [f"{run.decision['verdict'].upper()}: {run.decision['reason']}", in_words(run.decision)]
+    return "\n".join(line for line in lines if line)
+
+
 def summary(run: Run) -> str:
     """The run in a few lines: the front of the table, the decision, where to look."""
-    table, decision = run.table, run.decision
+    table = run.table
     shown = [
         "sae_id", "status", "d_sae", "l0", "fvu", "fvu_low", "fvu_high", "ce_loss_recovered", "ce_delta", "kl",
         "dead_fraction", "pareto", "passes_gate",
@@ -41,7 +48,7 @@ def summary(run: Run) -> str:
         [
             rows,
             "",
-            f"{decision['verdict'].upper()}: {decision['reason']}",
+            verdict(run),
             f"report   {run.report}",
             f"curves   tensorboard --logdir {(run.path / 'tune').resolve()}",
         ]

@@ -123,11 +123,18 @@ def test_a_second_run_redoes_nothing(run, arithmetic_model, output):
     assert after == before
 
 
-def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, output, tmp_path):
+def strict_gate(tmp_path: Path) -> Path:
     gate = tmp_path / "strict.yaml"
     gate.write_text(
-        "name: strict\ncriteria: [{criterion: c, metric: fvu, op: <=, threshold: 1.0e-9, why: nothing passes}]\n"
+        "name: strict\ncriteria:\n"
+        "  - {criterion: faithful, metric: fvu, op: <=, threshold: 1.0e-9, why: nothing passes}\n"
+        "  - {criterion: sparse, metric: l0_fraction, op: <=, threshold: 0.5, why: every gate has one}\n"
     )
+    return gate
+
+
+def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, output, tmp_path):
+    gate = strict_gate(tmp_path)
     strict = raysae.sweep(small_job(arithmetic_model, output, gate=str(gate)))
     assert strict.path != run.path and sae_hashes(strict.path) == sae_hashes(run.path)
     assert strict.decision["verdict"] == "no-go" and strict.decision["closest"] in run.saes
@@ -139,6 +146,23 @@ def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, outp
     config = write_config(tmp_path / "c.yaml", small_values(arithmetic_model, output, gate=str(gate)))
     assert job("--config", str(config)).returncode == 0
     assert job("--config", str(config), "--require_go", "true").returncode == 3
+
+
+def test_a_run_builds_on_a_no_go_only_with_a_waiver(run, arithmetic_model, output, tmp_path):
+    no_go = raysae.sweep(small_job(arithmetic_model, output, gate=str(strict_gate(tmp_path)), run="phase1"))
+    with pytest.raises(UserError, match=r"basis: .*phase1 is a no-go: No SAE passes"):
+        raysae.sweep(small_job(arithmetic_model, output, basis=str(no_go.path)))
+    waiver = tmp_path / "waiver.yaml"
+    waiver.write_text(
+        "{waived_by: A. Person, why: the bound is a test's, run: phase1, criteria: [latents are alive]}\n"
+    )
+    after = raysae.sweep(small_job(arithmetic_model, output, basis=str(no_go.path), waiver=str(waiver)))
+    line = "waived: latents are alive; the decision of phase1, by A. Person, because the bound is a test's"
+    assert after.path not in (run.path, no_go.path) and after.decision["basis"]["verdict"] == "no-go"
+    assert (
+        line in job(str(after.path), script="gate.py").stdout and "the decision of phase1" in after.report.read_text()
+    )
+    assert sae_hashes(after.path) == sae_hashes(run.path)
 
 
 def test_optuna_samples_each_width_equally_often(run, arithmetic_model, output):

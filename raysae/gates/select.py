@@ -1,4 +1,5 @@
-"""Which SAE, and why not the others: constraints first, then the Pareto front of FVU against L0, then the sparsest."""
+"""Which SAE, and why not the others: constraints first, then the Pareto front of FVU against L0, then the sparsest, or a
+smaller one that the noise of the seeds cannot tell from it."""
 
 from __future__ import annotations
 
@@ -11,12 +12,18 @@ from typing import Any
 import pandas as pd
 
 from raysae.gates.criteria import Gate, Verdict, apply, passes
+from raysae.gates.waivers import Waiver
+from raysae.sae.architectures import COEFFICIENTS
 
 RULE = (
-    "Among the SAEs that meet every mandatory criterion on the validation split, those on the Pareto front of FVU against "
-    "L0 (at one site, no other of them has both lower); of these the one with the lowest L0, then the smallest. It is "
-    "measured once on the test split, and must meet the criteria there as well."
+    "Among the SAEs that meet every mandatory criterion on the validation split (but for waived ones), those on the Pareto "
+    "front of FVU against L0 (at one site, no other of them has both lower); of these the one with the lowest L0, then the "
+    "smallest. Where its configuration was trained with several seeds: the smallest SAE that passes at its site and has "
+    "neither FVU nor L0 higher than it by more than their standard deviation over these seeds. The choice is measured once "
+    "on the test split, and must meet the criteria there as well."
 )
+CONFIGURATION = ("site", "architecture", "d_sae", *COEFFICIENTS)
+"""Columns in which the seeds of one configuration agree."""
 
 
 @dataclass(frozen=True)
@@ -44,25 +51,61 @@ def pareto_front(table: pd.DataFrame) -> list[str]:
     return front
 
 
-def choose(table: pd.DataFrame, gate: Gate) -> Choice:
-    """Apply `gate` to each completed SAE of the table and choose by `RULE`."""
+def choose(
+    table: pd.DataFrame,
+    gate: Gate,
+    controls: Mapping[str, Mapping[str, Any]] | None = None,
+    waiver: Waiver | None = None,
+) -> Choice:
+    """Apply `gate` to each completed SAE of the table and choose by `RULE`; controls as in `criteria.apply`."""
     rows = {str(row["sae_id"]): row for row in table.to_dict("records")}
     completed = table[table["status"] == "completed"]
-    verdicts = {str(i): apply(gate, rows[str(i)]) for i in completed["sae_id"]}
+    waived = waiver.criteria if waiver else ()
+    verdicts = {str(i): apply(gate, rows[str(i)], controls, waived) for i in completed["sae_id"]}
     passing = completed[completed["sae_id"].map(lambda i: passes(verdicts[i])).astype(bool)]
     candidates = pareto_front(passing)
     key = {i: (rows[i]["l0"], rows[i]["d_sae"], rows[i]["fvu"]) for i in candidates}
-    chosen = min(candidates, key=lambda i: key[i], default=None)
-    closest = None
-    if chosen is None and verdicts:
+    sparsest = min(candidates, key=lambda i: key[i], default=None)
+    rejected = {i: _reasons(i, rows[i], verdicts.get(i), candidates, sparsest, rows) for i in rows}
+    chosen = closest = None
+    if sparsest is not None:
+        noise = seed_noise(completed, rows[sparsest])
+        chosen = _smallest(passing, rows[sparsest], noise)
+        if chosen != sparsest:
+            rejected[sparsest] = [
+                f"passes, but {chosen} is smaller (d_sae {rows[chosen]['d_sae']}, not {rows[sparsest]['d_sae']}) and worse "
+                f"by no more than seeds differ (standard deviation {noise['fvu']:.2g} in FVU, {noise['l0']:.2g} in L0)"
+            ]
+        del rejected[chosen]
+    elif verdicts:
         closest = min(verdicts, key=lambda i: _miss(verdicts[i]))
-    rejected = {i: _reasons(i, rows[i], verdicts.get(i), candidates, chosen, rows) for i in rows if i != chosen}
     return Choice(chosen, closest, pareto_front(completed), verdicts, rejected)
 
 
+def seed_noise(completed: pd.DataFrame, row: Mapping[str, Any]) -> dict[str, float]:
+    """Standard deviation (n - 1) of FVU and L0 over the seeds of a row's configuration; 0 where there is only one."""
+    same = completed
+    for name in CONFIGURATION:
+        if name in same:
+            same = same[same[name].isna() if pd.isna(row[name]) else same[name] == row[name]]
+    return {metric: float(same[metric].std()) if same[metric].count() > 1 else 0.0 for metric in ("fvu", "l0")}
+
+
+def _smallest(passing: pd.DataFrame, best: Mapping[str, Any], noise: Mapping[str, float]) -> str:
+    """The smallest SAE at the site of `best` that is worse than it by no more than the noise; of equals, the sparsest."""
+    alike = passing[passing["site"] == best["site"]]
+    for metric, deviation in noise.items():
+        alike = alike[alike[metric] <= best[metric] + deviation]
+    return str(alike.sort_values(["d_sae", "l0", "fvu"], kind="stable")["sae_id"].iloc[0])
+
+
 def _miss(verdicts: list[Verdict]) -> tuple[int, float]:
-    failed = [v for v in verdicts if v.mandatory and v.verdict == "fail"]
+    failed = [v for v in verdicts if v.stops]
     return len(failed), sum(v.shortfall for v in failed)
+
+
+def _missed(verdicts: list[Verdict]) -> list[str]:
+    return [v.reason for v in verdicts if v.stops]
 
 
 def _reasons(
@@ -70,22 +113,23 @@ def _reasons(
     row: Mapping[str, Any],
     verdicts: list[Verdict] | None,
     candidates: list[str],
-    chosen: str | None,
+    sparsest: str | None,
     rows: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
     if verdicts is None:
         return [": ".join(str(part) for part in (row["status"], row["status_reason"]) if part)]
-    failed = [v.in_words for v in verdicts if v.mandatory and v.verdict == "fail"]
-    if failed:
-        return failed
-    if not (math.isfinite(row["l0"]) and math.isfinite(row["fvu"])):
+    if not passes(verdicts):
+        return _missed(verdicts)
+    if not (math.isfinite(row["l0"]) and math.isfinite(row["fvu"])) or sparsest is None:
         return ["passes, but its L0 or FVU was not measured"]
     if sae_id not in candidates:
         for peer in candidates:
             p = rows[peer]
             if p["site"] == row["site"] and p["l0"] <= row["l0"] and p["fvu"] <= row["fvu"]:
                 return [f"passes, but {peer} has both lower L0 ({p['l0']:.4g}) and lower FVU ({p['fvu']:.4g})"]
-    return [f"passes, but {chosen} is sparser (L0 {rows[chosen]['l0']:.4g} against {row['l0']:.4g})"] if chosen else []
+    if rows[sparsest]["l0"] == row["l0"]:
+        return [f"passes, but {sparsest} is as sparse and smaller, or as small and more faithful"]
+    return [f"passes, but {sparsest} is sparser (L0 {rows[sparsest]['l0']:.4g} against {row['l0']:.4g})"]
 
 
 def decide(
@@ -94,43 +138,60 @@ def decide(
     choice: Choice,
     controls: Mapping[str, Mapping[str, Any]],
     test: Mapping[str, Any] | None,
+    waiver: Waiver | None = None,
+    basis: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of decision.json.
 
     controls: metrics of untrained SAEs; a gate that lets one pass cannot tell a good SAE and decides nothing. test: the
-    chosen SAE's metrics on the test split.
+    chosen SAE's metrics on the test split. basis: the earlier run that this one builds on, as `read_basis` gives it.
     """
-    controls_seen = {i: {"metrics": dict(m), "passes_gate": passes(apply(gate, m))} for i, m in controls.items()}
+    waived = waiver.criteria if waiver else ()
+    controls_seen = {
+        i: {"metrics": dict(m), "passes_gate": passes(apply(gate, m, controls, waived))} for i, m in controls.items()
+    }
     void = [i for i, seen in controls_seen.items() if seen["passes_gate"]]
-    on_test = apply(gate, test) if test is not None else []
+    on_test = apply(gate, test, controls, waived) if test is not None else []
     shown = choice.chosen or choice.closest
     if choice.chosen is None:
-        missed = [v.in_words for v in choice.verdicts[shown] if v.mandatory and v.verdict == "fail"] if shown else []
         reason = "No SAE passes the gate. "
-        reason += f"Closest is {shown}: {'; '.join(missed)}." if shown else "None finished its training."
+        missed = "; ".join(_missed(choice.verdicts[shown])) if shown else ""
+        reason += f"Closest is {shown}: {missed}." if shown else "None finished its training."
     elif void:
         reason = f"The gate is void: the untrained SAE {void[0]} passes it. Tighten {gate_path}."
     elif test is None:
         reason = f"{choice.chosen} passes on the validation split but was not measured on the test split."
     elif not passes(on_test):
-        missed = [v.in_words for v in on_test if v.mandatory and v.verdict == "fail"]
-        reason = f"{choice.chosen} passes on the validation split but not on the test split: {'; '.join(missed)}."
+        missed = "; ".join(_missed(on_test))
+        reason = f"{choice.chosen} passes on the validation split but not on the test split: {missed}."
     else:
+        spared = any(v.verdict == "waived" for v in [*choice.verdicts[choice.chosen], *on_test])
         reason = (
-            f"{choice.chosen} meets every mandatory criterion on the validation split and on the untouched test split."
+            f"{choice.chosen} meets every mandatory criterion{' that is not waived' if spared else ''} on the validation "
+            "split and on the untouched test split."
         )
     go = choice.chosen is not None and not void and test is not None and passes(on_test)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "verdict": "go" if go else "no-go",
         "reason": reason,
         "gate": {"name": gate.name, "path": gate_path},
+        "basis": dict(basis) if basis else None,
+        "waiver": waiver.model_dump(mode="json") if waiver else None,
         "selection": RULE,
         "chosen": choice.chosen,
         "closest": choice.closest,
-        "criteria": [v.record() for v in choice.verdicts.get(shown, [])] if shown else [],
-        "test": {"metrics": dict(test), "criteria": [v.record() for v in on_test]} if test is not None else None,
+        "criteria": _records(choice.verdicts[shown], "table.parquet", now) if shown else [],
+        "test": {"metrics": dict(test), "criteria": _records(on_test, "decision.json", now)}
+        if test is not None
+        else None,
         "controls": controls_seen,
         "pareto": choice.front,
         "rejected": choice.rejected,
-        "decided_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "decided_at": now,
     }
+
+
+def _records(verdicts: list[Verdict], evidence_path: str, decided_at: str) -> list[dict[str, Any]]:
+    """Verdicts as gate records, each with the file of the run that holds its metrics."""
+    return [{**v.record(), "evidence_path": evidence_path, "decided_at": decided_at} for v in verdicts]

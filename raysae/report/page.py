@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from raysae.artifacts import read_json, write_atomic
 from raysae.errors import UserError
+from raysae.gates.waivers import in_words
 from raysae.report import figures
 from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
 from raysae.sae.architectures import COEFFICIENTS
@@ -64,6 +65,7 @@ def write_report(run_dir: Path) -> Path:
     page = environment.get_template("template.html.j2").render(
         run=run_dir.resolve().name,
         decision=decision,
+        waived=in_words(decision),
         lead=lead,
         role=role,
         facts=facts(table, config, store),
@@ -134,6 +136,9 @@ def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "criterion": entry["criterion"],
                 "metric": label(metric),
                 "bound": show_threshold(metric, entry.get("op", ""), entry.get("threshold")),
+                "whole_interval": entry.get("confidence") == "interval",
+                "must_beat": entry.get("must_beat"),
+                "baseline": show(metric, entry.get("baseline_value")),
                 "value": show(metric, entry.get("value")),
                 "interval": interval(metric, entry.get("low"), entry.get("high")),
                 "n": f"{entry['n']:,}" if is_number(entry.get("n")) else "",

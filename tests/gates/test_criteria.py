@@ -4,10 +4,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from raysae.errors import UserError
-from raysae.gates.criteria import Gate, apply, load_gate, passes
+from raysae.gates.criteria import METRICS, Gate, apply, load_gate, passes
+from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
+from raysae.sae.metrics import RowSums
+from raysae.sae.sae import SAE
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs/gates").glob("*.yaml"))
 
@@ -66,16 +70,179 @@ def test_every_mandatory_criterion_must_hold_and_no_other():
 def test_a_verdict_carries_its_value_interval_and_reason():
     (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": 0.25, "fvu_low": 0.2, "fvu_high": 0.3, "n_rows": 70.0})
     assert verdict.record() == {
-        "phase": "toy", "criterion": "fvu is right", "metric": "fvu", "op": "<=", "threshold": 0.2, "mandatory": True,
-        "why": "so", "value": 0.25, "low": 0.2, "high": 0.3, "n": 70, "verdict": "fail",
+        "phase": "toy", "criterion": "fvu is right", "metric": "fvu", "op": "<=", "threshold": 0.2, "confidence": "point",
+        "must_beat": None, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3, "n": 70,
+        "baseline_value": None, "verdict": "fail", "reason": "fvu 0.25, must be <= 0.2",
     }  # fmt: skip
-    assert verdict.in_words == "fvu 0.25, must be <= 0.2" and verdict.shortfall == pytest.approx(0.25)
+    assert verdict.shortfall == pytest.approx(0.25)
 
 
 def test_a_row_without_measurements_fails_and_does_not_crash():
     """As an SAE looks whose evaluation is missing: a table fills it with NaN."""
     (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": math.nan, "n_rows": math.nan, "fvu_low": math.nan})
     assert verdict.verdict == "fail" and verdict.n == 0 and verdict.shortfall == math.inf
+
+
+def judged(criterion, metrics, controls=None, waived=()):
+    """The verdict of a gate of one criterion (its fields)."""
+    fields = {"criterion": "c", "op": "<=", "threshold": 0.2, "why": "so", **criterion}
+    (verdict,) = apply(Gate.model_validate({"name": "toy", "criteria": [fields]}), metrics, controls, waived)
+    return verdict
+
+
+def around(metric, value, by, site="s"):
+    return {metric: value, f"{metric}_low": value - by, f"{metric}_high": value + by, "site": site}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Confidence
+
+
+@pytest.mark.parametrize(
+    "metric,op,metrics,holds,said",
+    [
+        ("fvu", "<=", around("fvu", 0.19, 0.01), True, ""),
+        ("fvu", "<=", around("fvu", 0.19, 0.02), False, "[0.17, 0.21], the whole interval must be <= 0.2"),
+        ("fvu", ">=", around("fvu", 0.22, 0.01), True, ""),
+        ("fvu", ">=", around("fvu", 0.21, 0.02), False, "[0.19, 0.23]"),
+        ("fvu", "<=", {"fvu": 0.1}, False, "has no interval"),
+        ("fvu", "<=", {"fvu": 0.1, "fvu_low": 0.1, "fvu_high": math.nan}, False, "has no interval"),
+        ("fvu", "<=", {"fvu": math.nan, "fvu_low": 0.1, "fvu_high": 0.1}, False, "fvu nan, must be <= 0.2"),
+        ("l0_fraction", "<=", {**around("l0", 19, 1), "d_sae": 100}, True, ""),
+        ("l0_fraction", "<=", {**around("l0", 19, 2), "d_sae": 100}, False, "[0.17, 0.21]"),
+    ],
+)
+def test_under_confidence_interval_the_whole_interval_must_hold(metric, op, metrics, holds, said):
+    verdict = judged({"metric": metric, "op": op, "confidence": "interval"}, metrics)
+    assert (verdict.verdict == "pass") is holds and said in verdict.reason
+    assert bool(verdict.reason) is not holds
+
+
+def test_the_shortfall_of_an_interval_is_that_of_its_end():
+    metrics = around("fvu", 0.19, 0.03)
+    assert judged({"metric": "fvu", "confidence": "interval"}, metrics).shortfall == pytest.approx(0.1)
+    upwards = {"metric": "fvu", "op": ">=", "confidence": "interval", "threshold": 0.18}
+    assert judged(upwards, metrics).shortfall == pytest.approx(0.02 / 0.18)
+    assert judged(upwards, metrics | {"fvu": math.nan}).shortfall == math.inf
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Controls
+
+BEATS = {"metric": "fvu", "threshold": 0.9, "must_beat": "untrained"}
+UNTRAINED = "control-untrained-relu-64-s"
+
+
+@pytest.mark.parametrize(
+    "mine,control,holds",
+    [
+        (around("fvu", 0.5, 0.1), around("fvu", 0.8, 0.1), True),
+        (around("fvu", 0.5, 0.125), around("fvu", 0.75, 0.125), False),  # the intervals touch
+        (around("fvu", 0.5, 0.1), {"fvu": 0.51, "site": "s"}, True),  # one interval: by value
+        ({"fvu": 0.5, "site": "s"}, around("fvu", 0.51, 0.1), True),
+        ({"fvu": 0.5, "site": "s"}, {"fvu": 0.5, "site": "s"}, False),
+        ({"fvu": 0.5, "site": "s"}, {"fvu": math.nan, "site": "s"}, False),
+        ({"fvu": 0.5, "site": "s"}, {"site": "s"}, False),
+    ],
+)
+def test_a_control_is_beaten_by_intervals_apart_or_else_by_value(mine, control, holds):
+    verdict = judged(BEATS, mine, {UNTRAINED: control})
+    assert (verdict.verdict == "pass") is holds
+    assert holds or (UNTRAINED in verdict.reason and "fvu" in verdict.reason)
+
+
+def test_better_is_the_direction_of_the_operator():
+    upwards = {"metric": "ce_loss_recovered", "op": ">=", "threshold": 0.1, "must_beat": "untrained"}
+    controls = {UNTRAINED: around("ce_loss_recovered", 0.6, 0.1)}
+    found = [judged(upwards, around("ce_loss_recovered", v, 0.1), controls).verdict for v in (0.3, 0.75, 0.9)]
+    assert found == ["fail", "fail", "pass"]
+
+
+def test_every_control_of_the_kind_and_site_must_be_beaten_and_no_other():
+    weak, strong = around("fvu", 0.95, 0.01), around("fvu", 0.4, 0.01)
+    mine = around("fvu", 0.5, 0.01)
+    also = "control-untrained-topk-64-s"
+    assert judged(BEATS, mine, {UNTRAINED: weak, also: weak}).verdict == "pass"
+    verdict = judged(BEATS, mine, {UNTRAINED: weak, also: strong})
+    assert verdict.verdict == "fail" and verdict.baseline_value == 0.4 and also in verdict.reason
+    assert verdict.shortfall == pytest.approx(0.1 / 0.4)
+    elsewhere = {UNTRAINED: weak, "control-untrained-topk-64-t": {**strong, "site": "t"}, "control-pca-64-s": strong}
+    assert judged(BEATS, mine, elsewhere).verdict == "pass"
+
+
+@pytest.mark.parametrize("controls", [None, {}, {"control-pca-64-s": around("fvu", 1.0, 0.0)}])
+def test_without_a_control_of_the_kind_the_criterion_fails_and_says_so(controls):
+    verdict = judged(BEATS, around("fvu", 0.0, 0.0), controls)
+    assert verdict.verdict == "fail" and "untrained, but no such control was measured" in verdict.reason
+    assert verdict.baseline_value is None and verdict.shortfall == math.inf
+
+
+def test_a_control_does_not_beat_itself():
+    assert judged(BEATS, around("fvu", 0.1, 0.0), {UNTRAINED: around("fvu", 0.1, 0.0)}).verdict == "fail"
+
+
+def test_a_waived_criterion_is_measured_and_does_not_stop():
+    gate = gate_of(("fvu", "<=", 0.2), ("l0", "<=", 10.0))
+    fvu, l0 = apply(gate, {"fvu": 0.3, "l0": 5.0}, waived=["fvu is right", "l0 is right"])
+    assert (fvu.verdict, fvu.reason, l0.verdict) == ("waived", "fvu 0.3, must be <= 0.2", "pass")
+    assert passes([fvu, l0]) and not passes(apply(gate, {"fvu": 0.3, "l0": 5.0}, waived=["l0 is right"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What no gate may let through
+
+WORST = {name: -1e9 if name.startswith(("ce_", "explained")) else 1e9 for name in METRICS} | {"site": "s"}
+"""A control that every SAE beats."""
+
+
+def exact(**metrics):
+    """Metrics with intervals of width 0, at a site."""
+    ends = {f"{name}{end}": value for name, value in metrics.items() for end in ("_low", "_high")}
+    return {**metrics, **ends, "site": "s", "n_rows": 10_000, "n_scored_tokens": 10_000}
+
+
+PERFECT = {
+    "fvu": 0.0, "explained_variance": 1.0, "dead_fraction": 0.0, "never_fired_fraction": 0.0, "dense_fraction": 0.0,
+    "l2_ratio": 1.0, "cosine": 1.0, "ce_delta": 0.0, "ce_loss_recovered": 1.0, "ce_recovered_mean": 1.0, "kl": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+@pytest.mark.parametrize("d_sae", [64, 16_384])
+def test_no_shipped_gate_lets_a_perfect_but_dense_sae_pass(path, d_sae):
+    gate = load_gate(path)
+
+    def passed(share):
+        metrics = exact(**PERFECT, l0=share * d_sae, d_sae=d_sae, expansion_factor=4.0)
+        return passes(apply(gate, metrics, {"control-untrained-relu-64-s": WORST}))
+
+    assert passed(0.02), "or the next line says nothing"
+    assert not any(passed(share) for share in (0.2, 0.51, 0.9, 1.0))
+
+
+@pytest.mark.parametrize("metric,threshold", [("l0", 1e9), ("l0_fraction", 1.0)])
+def test_a_lax_bound_on_l0_lets_no_dense_sae_pass_either(metric, threshold):
+    gate = gate_of((metric, "<=", threshold))
+    assert passes(apply(gate, {"l0": 32.0, "d_sae": 64}))
+    (verdict,) = apply(gate, {"l0": 60.0, "d_sae": 64})
+    assert verdict.verdict == "fail" and "dense: 94% of the latents" in verdict.reason
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_shipped_gate_lets_an_untrained_sae_pass(path, architecture):
+    """Its row metrics are those of a real one, its cross-entropies perfect, its rival the worst."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 32, generator=generator) * torch.rand(32, generator=generator)
+    for k in (4, 12):
+        knob = ARCHITECTURES[architecture].coefficient
+        config = SAEConfig(architecture, 32, 128, seed=0, **{knob: k if knob == "k" else 0.1})
+        sae = SAE(config, initial_parameters(config, x.mean(0)))
+        sums = RowSums(x.mean(0))
+        f = sae.encode(x)
+        sums.add(x, sae.decode(f), f)
+        metrics = exact(**{**PERFECT, **sums.metrics()}, d_sae=128, expansion_factor=4.0)
+        assert not passes(apply(load_gate(path), metrics, {"control-untrained-relu-64-s": WORST}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,10 +259,13 @@ def test_gates_are_shipped():
     assert SHIPPED
 
 
-def written(tmp_path, text=None, **changes):
-    """A gate file with one criterion changed; None removes a field."""
+SPARSE = {"criterion": "sparse", "metric": "l0", "op": "<=", "threshold": 9, "why": "so"}
+
+
+def written(tmp_path, text=None, sparse=SPARSE, **changes):
+    """A gate file with one criterion changed, None removing a field, before `sparse`."""
     line = {"criterion": "c", "metric": "fvu", "op": "<=", "threshold": 0.2, "why": "so"} | changes
-    values = {"name": "toy", "criteria": [{k: v for k, v in line.items() if v is not None}]}
+    values = {"name": "toy", "criteria": [{k: v for k, v in line.items() if v is not None}, sparse]}
     file = tmp_path / "gate.yaml"
     file.write_text(text if text is not None else yaml.safe_dump(values))
     return file
@@ -111,6 +281,9 @@ def written(tmp_path, text=None, **changes):
         ({"threshold": math.nan}, ("criteria.0.threshold", "nan")),
         ({"treshold": 0.2}, ("criteria.0.treshold", "unknown field", "did you mean threshold?")),
         ({"why": None}, ("criteria.0.why", "required")),
+        ({"confidence": "95"}, ("criteria.0.confidence", "'95'", "'point' or 'interval'")),
+        ({"must_beat": ""}, ("criteria.0.must_beat", "at least 1")),
+        ({"criterion": "sparse"}, ("criteria must differ in their words", "sparse")),
         ({"text": "name: toy\ncriteria: []\n"}, ("criteria", "at least 1")),
         ({"text": "name: toy\n"}, ("criteria", "required")),
         ({"text": "- 1\n"}, ("must hold a mapping of fields",)),
@@ -128,6 +301,25 @@ def test_a_mistake_is_one_line_that_names_file_and_field(tmp_path, changes, said
         assert part in message
 
 
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        SPARSE | {"mandatory": False},
+        SPARSE | {"op": ">="},
+        SPARSE | {"metric": "dense_fraction"},
+    ],
+)
+def test_a_gate_without_a_mandatory_upper_bound_on_l0_is_refused(tmp_path, sparse):
+    load_gate(written(tmp_path))
+    load_gate(written(tmp_path, sparse=SPARSE | {"metric": "l0_fraction", "op": "<", "threshold": 0.1}))
+    file = written(tmp_path, sparse=sparse)
+    with pytest.raises(UserError) as caught:
+        load_gate(file)
+    message = str(caught.value)
+    assert message.startswith("criteria: ") and "upper bound on l0 or l0_fraction" in message and str(file) in message
+    assert "add one, such as metric l0_fraction, op <=, threshold 0.1" in message and "\n" not in message
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml is not a file"):
         load_gate(tmp_path / "none.yaml")
@@ -137,6 +329,6 @@ def test_the_shipped_gate_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_gate(Path("configs/gates/default.yaml")).name == "default"
     (tmp_path / "configs/gates").mkdir(parents=True)
-    here = {"name": "here", "criteria": [{"criterion": "c", "metric": "fvu", "op": "<=", "threshold": 1, "why": "w"}]}
+    here = {"name": "here", "criteria": [SPARSE]}
     (tmp_path / "configs/gates/default.yaml").write_text(yaml.safe_dump(here))
     assert load_gate(Path("configs/gates/default.yaml")).name == "here"

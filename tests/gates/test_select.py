@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from raysae.gates.criteria import Gate
-from raysae.gates.select import choose, decide, pareto_front
+from raysae.gates.select import RULE, choose, decide, pareto_front
+from raysae.gates.waivers import Waiver
 
 GATE = Gate.model_validate(
     {"name": "toy", "criteria": [{"criterion": "faithful", "metric": "fvu", "op": "<=", "threshold": 0.3, "why": "so"}]}
@@ -77,6 +78,76 @@ def test_a_failing_sae_does_not_shadow_a_passing_one():
 def test_of_equally_sparse_the_smallest_is_chosen():
     table = table_of(("wide", 4.0, 0.1, {"d_sae": 256, "site": "t"}), ("small", 4.0, 0.2))
     assert choose(table, GATE).chosen == "small"
+
+
+def test_choosing_hands_the_controls_to_the_gate():
+    fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
+    gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
+    controls = {"control-untrained-relu-64-s": {"fvu": 0.15, "site": "s"}}
+    assert choose(HAND, gate).chosen is None
+    assert choose(HAND, gate, controls).chosen == "e"  # b and d meet the bound but are no better than the control
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several seeds
+
+
+def seeded(*rows):
+    """A table from (sae_id, l0, fvu, d_sae, k, seed) of a TopK sweep."""
+    return table_of(
+        *((r[0], r[1], r[2], {"architecture": "topk", "d_sae": r[3], "k": r[4], "seed": r[5]}) for r in rows)
+    )
+
+
+WIDE = (("wide-0", 8.0, 0.100, 256, 8, 0), ("wide-1", 8.0, 0.106, 256, 8, 1))  # standard deviation 0.0042
+
+
+def test_a_smaller_sae_within_the_noise_of_the_seeds_is_chosen():
+    table = seeded(*WIDE, ("small-0", 8.0, 0.104, 64, 8, 0), ("small-1", 8.0, 0.109, 64, 8, 1))
+    choice = choose(table, GATE)
+    assert choice.chosen == "small-0"
+    assert set(choice.rejected) == {"wide-0", "wide-1", "small-1"} and all(choice.rejected.values())
+    (reason,) = choice.rejected["wide-0"]
+    assert "small-0 is smaller (d_sae 64, not 256)" in reason and "0.0042 in FVU, 0 in L0" in reason
+    assert "standard deviation over these seeds" in RULE
+
+
+@pytest.mark.parametrize(
+    "small",
+    [
+        ("small", 8.0, 0.105, 64, 8, 0),  # worse in FVU by more than the seeds differ
+        ("small", 8.5, 0.100, 64, 8, 0),  # denser, and the seeds have one L0
+    ],
+)
+def test_a_smaller_sae_outside_the_noise_is_not(small):
+    assert choose(seeded(*WIDE, small), GATE).chosen == "wide-0"
+
+
+def test_a_smaller_sae_must_pass():
+    small = seeded(("small", 8.0, 0.101, 64, 8, 0))
+    gate = Gate.model_validate({"name": "toy", "criteria": [
+        {"criterion": "alive", "metric": "dead_fraction", "op": "<=", "threshold": 0.1, "why": "so"}]})  # fmt: skip
+    table = pd.concat([seeded(*WIDE).assign(dead_fraction=0.0), small.assign(dead_fraction=0.5)], ignore_index=True)
+    assert choose(table, gate).chosen == "wide-0"
+    assert choose(table.assign(dead_fraction=0.0), gate).chosen == "small"
+    for change in ({"fvu": 0.31}, {"status": "pruned"}):
+        assert choose(pd.concat([seeded(*WIDE), small.assign(**change)], ignore_index=True), GATE).chosen == "wide-0"
+
+
+def test_the_noise_is_that_of_the_configuration_and_not_of_all_seeds():
+    """Seeds 0 and 1 of other widths or k are not seeds of the sparsest one."""
+    others = (("other-k", 16.0, 0.02, 256, 16, 1), ("other-width", 8.0, 0.29, 128, 8, 1))
+    small = ("small", 8.0, 0.101, 64, 8, 0)
+    assert choose(seeded(WIDE[0], small, *others), GATE).chosen == "wide-0"
+    assert choose(seeded(*WIDE, small, *others), GATE).chosen == "small"
+
+
+def test_l0_has_its_own_noise():
+    relu = seeded(("w0", 8.0, 0.1, 256, None, 0), ("w1", 9.0, 0.1, 256, None, 1), ("small", 8.5, 0.1, 64, None, 0))
+    relu = relu.assign(architecture="relu", l1_coefficient=0.1)
+    assert choose(relu, GATE).chosen == "small"
+    assert choose(relu.assign(l1_coefficient=[0.1, 0.2, 0.1]), GATE).chosen == "w0"
+    assert choose(relu.assign(site=["s", "s", "t"]), GATE).chosen == "w0"  # an SAE of another site is no substitute
 
 
 def test_every_sae_that_was_not_chosen_has_its_reason():
@@ -162,6 +233,36 @@ def test_no_go_names_the_closest_and_what_it_misses():
     assert decision["verdict"] == "no-go" and decision["chosen"] is None and decision["closest"] == "y"
     assert "Closest is y: fvu 0.4, must be <= 0.3" in decision["reason"]
     assert decision["criteria"][0]["value"] == 0.4
+
+
+WAIVER = Waiver(waived_by="A. Person", why="a replication", criteria=("faithful",))
+
+
+def test_a_waived_criterion_is_recorded_and_the_rest_decides():
+    table = table_of(("x", 4.0, 0.5), ("y", 5.0, 0.4))
+    choice = choose(table, GATE, waiver=WAIVER)
+    test = GOOD | {"fvu": 0.6}
+    decision = decide(GATE, "gate.yaml", choice, {}, test, WAIVER)
+    assert decision["verdict"] == "go" and decision["chosen"] == "x"
+    assert "meets every mandatory criterion that is not waived" in decision["reason"]
+    assert decision["criteria"][0]["verdict"] == decision["test"]["criteria"][0]["verdict"] == "waived"
+    assert "0.5, must be" in decision["criteria"][0]["reason"]
+    assert decision["waiver"] == WAIVER.model_dump(mode="json")
+    assert decided()["waiver"] is None and "waived" not in decided()["reason"]
+
+
+def test_a_waiver_does_not_let_an_untrained_sae_pass():
+    choice = choose(HAND, GATE, waiver=WAIVER)
+    decision = decide(GATE, "gate.yaml", choice, {"control-untrained": {"fvu": 0.99}}, GOOD, WAIVER)
+    assert decision["verdict"] == "no-go" and "void" in decision["reason"]
+
+
+def test_each_record_says_where_its_evidence_is_and_when_it_was_judged():
+    decision = decide(GATE, "gate.yaml", choose(HAND, GATE), {}, GOOD, basis={"path": "results/p1", "verdict": "go"})
+    (record,), (tested,) = decision["criteria"], decision["test"]["criteria"]
+    assert (record["evidence_path"], tested["evidence_path"]) == ("table.parquet", "decision.json")
+    assert record["decided_at"] == decision["decided_at"] == tested["decided_at"]
+    assert decision["basis"] == {"path": "results/p1", "verdict": "go"} and decided()["basis"] is None
 
 
 def test_the_decision_is_json():

@@ -325,6 +325,22 @@ def test_no_go_shows_the_closest_and_leaves_test_untouched(no_go: str) -> None:
     assert "The test split was not touched" in no_go and "✗ fail" in no_go
 
 
+def test_waiver_basis_and_what_a_criterion_asks_beyond_its_bound_are_shown(tmp_path: Path, html: str) -> None:
+    table = synthetic_table(3)
+    decision = synthetic_decision(table)
+    decision["criteria"][0] |= {
+        "verdict": "waived", "confidence": "interval", "must_beat": "untrained", "baseline_value": 0.987
+    }  # fmt: skip
+    waiver = {"waived_by": "A. <b>Person</b>", "why": "a replication", "criteria": ["faithful"], "run": None}
+    decision |= {"waiver": waiver, "basis": {"path": "results/phase1", "verdict": "no-go"}}
+    page = write_report(synthetic_run(tmp_path / "r", table, decision)).read_text()
+    Page(page)
+    shown = ("waived: faithful, by A. &lt;b&gt;Person", "because a replication", "✗ waived", "results/phase1 (no-go)")
+    for text in (*shown, "<small>whole interval</small>", "better than untrained, 0.9870"):
+        assert text in page
+        assert text not in html
+
+
 def test_a_candidate_that_fails_on_test_is_not_called_chosen(tmp_path: Path) -> None:
     table = synthetic_table(1, ("topk",)).drop(columns=["ce_delta", "ce_loss_recovered", "k"])
     table["fvu"] = table["fvu"].astype(object)  # what a table merged from dicts may hold
