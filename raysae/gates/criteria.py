@@ -15,9 +15,9 @@ from raysae.config import Section, read_yaml, validate
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 METRICS = (
-    "fvu", "explained_variance", "l0", "l0_fraction", "dead_fraction", "never_fired_fraction", "dense_fraction", "l2_ratio",
-    "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "d_sae", "expansion_factor", "n_rows",
-    "n_scored_tokens",
+    "fvu", "explained_variance", "l0", "l0_fraction", "l1", "dead_fraction", "never_fired_fraction", "dense_fraction",
+    "l2_ratio", "relative_reconstruction_bias", "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl",
+    "d_sae", "expansion_factor", "n_rows", "n_scored_tokens",
 )  # fmt: skip
 
 
@@ -95,7 +95,8 @@ def load_gate(path: Path) -> Gate:
 
 def apply(gate: Gate, metrics: Mapping[str, Any]) -> list[Verdict]:
     """Every criterion of `gate` against one SAE's metrics (a row of the table)."""
-    values = {**metrics, "l0_fraction": _number(metrics, "l0") / (_number(metrics, "d_sae") or math.nan)}
+    width = _number(metrics, "d_sae") or math.nan
+    values = {**metrics, **{f"l0_fraction{end}": _number(metrics, f"l0{end}") / width for end in ("", "_low", "_high")}}
     n = _number(values, "n_rows")
     verdicts = []
     for c in gate.criteria:
