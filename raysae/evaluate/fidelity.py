@@ -24,7 +24,7 @@ from raysae.artifacts import write_atomic, write_json
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
 from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
 from raysae.models import host as edits
-from raysae.models.host import Edit, ModelHost
+from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 from raysae.sae.metrics import SCALARS, RowSums
 from raysae.sae.sae import SAE
@@ -120,7 +120,11 @@ def _largest(rows: Tensor, count: int) -> Tensor:
 def _score(
     host: ModelHost, block: TokenBlock, store: Store, saes: Sequence[tuple[str, SAE]], task: Measurement
 ) -> dict[str, pd.DataFrame]:
-    """Per SAE, sums by group over scored tokens (index group, columns SCORE_SUMS)."""
+    """Per SAE, sums by group over scored tokens (index group, columns SCORE_SUMS).
+
+    The SAEs share the clean pass and the ablations, and all passes with an edit start where the clean one reached the
+    site. Several SAEs in one forward pass would save nothing more: a batch is as large as memory allows already.
+    """
     count = math.ceil(task.scored_fraction * len(block.input_ids))
     part = _head(block, count)
     names = sorted(set(block.groups))
@@ -128,21 +132,24 @@ def _score(
     group_of = np.array([number[name] for name in block.groups])
     totals = {sae_id: {column: np.zeros(len(names)) for column in SCORE_SUMS} for sae_id, _ in saes}
     mean = store.mean(task.site).to(torch.float32)
+    below = host.start_of(task.site)
     for batch in micro_batches(part, min(task.tokens_per_forward, max(1, LOGITS_AT_ONCE // host.facts.vocab_size))):
         pairs = batch.mask[:, :-1] & batch.mask[:, 1:]  # both the predicting and the predicted token are kept
         if not bool(pairs.any()):
             continue
         codes = group_of[_pair_examples(part, batch, pairs)]
-        clean = _log_probabilities(host, batch, pairs, {})
+        logits, start = host.run(batch.input_ids, batch.attention_mask, [below] if below else [])
+        clean = _log_probabilities(logits, pairs)
+        p = clean.exp()
 
         def add(
-            ids: Sequence[str], name: str, log_p: Tensor, batch: MicroBatch = batch, pairs: Tensor = pairs,
-            codes: np.ndarray = codes, clean: Tensor = clean,
+            ids: Sequence[str], name: str, log_q: Tensor, batch: MicroBatch = batch, pairs: Tensor = pairs,
+            codes: np.ndarray = codes, clean: Tensor = clean, p: Tensor = p,
         ) -> None:  # fmt: skip
-            target = batch.input_ids[:, 1:][pairs].to(log_p.device)
-            values = {f"nll_{name}": -log_p.gather(1, target[:, None]).squeeze(1)}
+            target = batch.input_ids[:, 1:][pairs].to(log_q.device)
+            values = {f"nll_{name}": -log_q.gather(1, target[:, None]).squeeze(1)}
             if name != "clean":
-                values[f"kl_{name}"] = (clean.exp() * (clean - log_p)).sum(1)
+                values[f"kl_{name}"] = (p * (clean - log_q)).sum(1)
             for column, value in values.items():
                 summed = np.bincount(codes, weights=value.double().cpu().numpy(), minlength=len(names))
                 for sae_id in ids:
@@ -153,10 +160,12 @@ def _score(
         for sae_id in everyone:
             totals[sae_id]["scored"] += np.bincount(codes, minlength=len(names))
         for name, edit in (("zero", edits.zero(batch.mask)), ("mean", edits.mean(mean, batch.mask))):
-            add(everyone, name, _log_probabilities(host, batch, pairs, {task.site: edit}))
+            logits = host.logits(batch.input_ids, batch.attention_mask, {task.site: edit}, start)
+            add(everyone, name, _log_probabilities(logits, pairs))
         for sae_id, sae in saes:
-            spliced = edits.splice(sae, batch.mask)
-            add([sae_id], "spliced", _log_probabilities(host, batch, pairs, {task.site: spliced}))
+            splice = {task.site: edits.splice(sae, batch.mask)}
+            logits = host.logits(batch.input_ids, batch.attention_mask, splice, start)
+            add([sae_id], "spliced", _log_probabilities(logits, pairs))
     return {sae_id: pd.DataFrame(columns, index=pd.Index(names)) for sae_id, columns in totals.items()}
 
 
@@ -181,9 +190,8 @@ def _pair_examples(block: TokenBlock, batch: MicroBatch, pairs: Tensor) -> np.nd
     )
 
 
-def _log_probabilities(host: ModelHost, batch: MicroBatch, pairs: Tensor, edit: dict[str, Edit]) -> Tensor:
-    """Log-probabilities [pairs, vocab] of the next token, in float32."""
-    logits = host.logits(batch.input_ids, batch.attention_mask, edit)
+def _log_probabilities(logits: Tensor, pairs: Tensor) -> Tensor:
+    """Log-probabilities [pairs, vocab] of the next token, in float32, of logits [batch, pos, vocab]."""
     return logits[:, :-1][pairs.to(logits.device)].float().log_softmax(-1)
 
 

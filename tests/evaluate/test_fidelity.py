@@ -250,6 +250,34 @@ def test_the_largest_norms_apart(tmp_path):
     assert _top_norms(sums, top)["top_norms_variance"] > 0.9
 
 
+@pytest.mark.parametrize("site", ["embed", "blocks.0.attn_out", "blocks.1.resid_pre", "blocks.1.mlp_out"])
+def test_edits_that_start_below_the_site_equal_whole_passes(world, site, monkeypatch):
+    """At sites before, inside and between blocks. The other tests' site is a resid_post."""
+    host, block, every = world.host, world.blocks[0], [*world.blocks, tiny_block("train", 0)]
+    settings = CaptureSettings((site,), "float32", 24, 0)
+    for one in every:
+        capture_block(host, one, world.root / site, settings)
+    manifest = finish(world.root / site, [block_entry(b) for b in every], settings, host.fingerprint, 0)
+    write_json(world.root / site / "manifest.json", manifest)
+    task = replace(world.task, store=world.root / site, site=site, root=world.root / site / "found")
+    run, starts = host.run, []
+
+    def counted(*args, start=None, **kwargs):
+        starts.append(start)
+        return run(*args, start=start, **kwargs)
+
+    monkeypatch.setattr(host, "run", counted)
+    measure_block(host, block, task)
+    passes = len(starts)
+    assert passes % (1 + 2 + len(world.saes)) == 0, "one clean pass, two ablations, one pass of each SAE"
+    assert sum(bool(start) for start in starts) == (passes * 5 // 6 if "blocks.1" in site else 0)
+    whole = replace(task, root=world.root / site / "whole")
+    monkeypatch.setattr(host, "run", lambda *args, start=None, **kwargs: run(*args, **kwargs))
+    measure_block(host, block, whole)
+    tables = [pd.read_parquet(t.root / f"{block.name}.parquet") for t in (task, whole)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-6)
+
+
 def test_scores_use_the_first_sequences_and_row_metrics_use_all(world):
     task = replace(world.task, root=world.root / "part", scored_fraction=0.4)
     block = world.blocks[0]
