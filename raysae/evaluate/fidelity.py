@@ -123,7 +123,7 @@ def _score(
     """Per SAE, sums by group over scored tokens (index group, columns SCORE_SUMS).
 
     The SAEs share the clean pass and the ablations, and all passes with an edit start where the clean one reached the
-    site. Several SAEs in one forward pass would save nothing more: a batch is as large as memory allows already.
+    site. Several SAEs in one forward pass would save nothing more: a batch is as large as it may be already.
     """
     count = math.ceil(task.scored_fraction * len(block.input_ids))
     part = _head(block, count)

@@ -54,7 +54,7 @@ COLUMNS = (
         "relative_reconstruction_bias",
         "Relative bias",
         "ratio",
-        "E|x̂|² / E⟨x, x̂⟩; below 1, a rescaled x̂ would be nearer to x (Gated SAE paper, eq. 10)",
+        "E|x̂|² / E⟨x, x̂⟩; below 1 is shrinkage: x̂ divided by it is nearer to x (Gated SAE paper, eq. 10)",
     ),
     Column("cosine", "Cosine", "ratio", "mean cosine of x and x̂"),
     Column("l1", "L1", "small", "sum of |f| per token, mean, in units of the SAE's latents on raw activations"),

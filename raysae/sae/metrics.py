@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +103,7 @@ class RowSums:
             "l0": self.active / rows,
             "l1": self.l1 / rows,
             "l2_ratio": self.l2_ratio / rows,
-            "relative_reconstruction_bias": _ratio(self.squared_norm_hat, self.inner_product),
+            "relative_reconstruction_bias": self.squared_norm_hat / (self.inner_product or math.nan),
             "cosine": self.cosine / rows,
             "never_fired_fraction": (firings == 0).double().mean().item(),
             "dense_fraction": (firings > DENSE_ABOVE * rows).double().mean().item(),
@@ -112,10 +113,11 @@ class RowSums:
     def published_variances(self) -> dict[str, float]:
         """Four other definitions of explained variance, only so that published tables can be compared.
 
-        With r = x - x̂, and x - m the elements of x about their one mean m (a scalar):
+        With r = x - x̂, and m the mean of all elements of x (a scalar):
 
             ev_resid_var    1 - Σ_d var(r_d) / Σ_d var(x_d): does not see a constant offset of x̂
-            ev_global       1 - var(all elements of r) / var(all elements of x): credits the per-dimension mean, too
+            ev_global       1 - var(all elements of r) / var(all elements of x): credits the per-dimension mean, and does
+                            not see an offset that is the same in every dimension
             ev_scalar_mean  1 - Σ‖r‖² / Σ‖x - m‖²: credits the per-dimension mean
             ev_clipped      max(0, ev_scalar_mean): hides all that is worse than nothing
         """
@@ -134,4 +136,5 @@ class RowSums:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator > 0 else float("nan")
+    """nan for a denominator, a sum of squares, that is not above 0."""
+    return numerator / denominator if denominator > 0 else math.nan

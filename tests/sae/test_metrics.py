@@ -153,7 +153,8 @@ def test_norm_ratio_and_cosine(x):
 
 def test_relative_reconstruction_bias_is_the_scale_that_serves_x_hat_best(x):
     """Its definition in the Gated SAE paper: the γ of the least ‖x̂/γ - x‖². One for all rows, not a mean over rows."""
-    assert measured(x, 0.5 * x)["relative_reconstruction_bias"] == pytest.approx(0.5)
+    for scale in (0.5, -2.0):
+        assert measured(x, scale * x)["relative_reconstruction_bias"] == pytest.approx(scale)
     shrunk = 0.8 * x * torch.linspace(0.5, 1.2, len(x))[:, None] + 0.1
     found = measured(x, shrunk, batch=7)["relative_reconstruction_bias"]
     best = torch.linalg.lstsq(shrunk.reshape(-1, 1), x.reshape(-1, 1)).solution.item()
