@@ -12,6 +12,7 @@ from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.artifacts import write_json
 from raysae.data.tokens import TokenBlock
+from raysae.evaluate import fidelity
 from raysae.evaluate.fidelity import (
     ROW_SUMS,
     SCORE_SUMS,
@@ -229,8 +230,9 @@ def test_every_metric_that_can_gate_has_an_interval():
     assert {*_ranked(1.0), "l0_fraction"} == {*METRICS} - facts - without
 
 
-def test_the_largest_norms_apart(tmp_path):
+def test_the_largest_norms_apart(tmp_path, monkeypatch):
     """3000 rows, of which the three largest, all in one shard, carry most of the variance and are not reconstructed."""
+    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 700)
     x = torch.randn(3000, D_MODEL, generator=torch.Generator().manual_seed(0)) + 1
     x[2500:2503] = torch.tensor([300.0, -200.0, 400.0])[:, None]
     store = tiny_store(tmp_path, [("train", x[:1000]), ("validation", x[:2000]), ("validation", x[2000:])], SITE)
