@@ -24,6 +24,8 @@ bench: $(VENV)/.dev  ## every benchmark, each with a table
 	$(BIN)/python benchmarks/sweep_overhead.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/saelens_evals.py
+	$(BIN)/python benchmarks/evaluate_many.py
 
 clean:  ## the environment and caches; results stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

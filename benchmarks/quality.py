@@ -177,20 +177,24 @@ def arguments() -> argparse.Namespace:
 # Rows
 
 
-def make_store(root: Path) -> Path:
-    """Capture the rows, by raysae's own functions, as configs/stories260k.yaml has them."""
+def model_path() -> Path:
+    """stories260K, as a Hugging Face folder."""
+    return _shared() / "models" / "stories260K" / "hf"
+
+
+def make_store(root: Path, rows_per_block: int = 65_536) -> Path:
+    """Capture the rows, by raysae's own functions, as configs/stories260k.yaml has them. Tokens lie in `root/tokens`."""
     from raysae.activations import capture
     from raysae.data.sources import load_problems
     from raysae.data.splits import assign_splits
     from raysae.data.tokens import read_block, tokenize
     from raysae.models.host import ModelHost, fingerprint_of, load_tokenizer
 
-    shared = Path(os.environ.get("RAYSAE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
-    model = str(shared / "models" / "stories260K" / "hf")
-    text = shared / "data" / "tinystories_text" / "tiny_stories.txt"
+    model = str(model_path())
+    text = _shared() / "data" / "tinystories_text" / "tiny_stories.txt"
     problems = load_problems("text", str(text), text_separator=r"(?<!\n)\n(?!\n)", text_replace=("\n\n", "\n"))
     split = assign_splits(problems, 0.1, 0.1, None, 0)
-    made = tokenize(split, load_tokenizer(model), 512, "concat", 65_536, 0, root / "tokens")
+    made = tokenize(split, load_tokenizer(model), 512, "concat", rows_per_block, 0, root / "tokens")
     settings = capture.CaptureSettings((SITE,), "bfloat16", 16_384, 0)
     host = ModelHost.load(model)
     for block in made["blocks"]:
@@ -198,6 +202,10 @@ def make_store(root: Path) -> Path:
     manifest = capture.finish(root / "store", made["blocks"], settings, fingerprint_of(model, None, False), 0.0)
     write_json(root / "store" / "manifest.json", manifest)
     return root / "store"
+
+
+def _shared() -> Path:
+    return Path(os.environ.get("RAYSAE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @lru_cache(maxsize=3)

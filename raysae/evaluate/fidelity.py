@@ -7,7 +7,8 @@ scored, special tokens and padding out of both. Everything is kept as sums per g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,20 @@ from torch import Tensor
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic, write_json
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
-from raysae.evaluate.statistics import bootstrap_interval
+from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
 from raysae.models import host as edits
-from raysae.models.host import Edit, ModelHost
+from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
-from raysae.sae.metrics import RowSums
+from raysae.sae.metrics import SCALARS, RowSums
 from raysae.sae.sae import SAE
 
 ROWS_AT_ONCE = 8192
 LOGITS_AT_ONCE = 1 << 26  # elements of [tokens, vocab] held at once: 256 MiB in float32
-ROW_SUMS = ("rows", "squared_error", "squared_shifted", "active", "l2_ratio", "cosine")
+TOP_NORMS = 0.001
+"""The share of rows, those with the largest ‖x‖, whose reconstruction is also reported apart."""
+TOP_NORMS_KEPT = 0.01
+"""The share of each block's rows that is kept for it: a block may have ten times its share of a split's largest."""
+ROW_SUMS = ("rows", *SCALARS)
 SCORE_SUMS = ("scored", "nll_clean", "nll_spliced", "nll_zero", "nll_mean", "kl_spliced", "kl_zero", "kl_mean")
 
 
@@ -58,12 +63,13 @@ def measure_block(host: ModelHost, block: TokenBlock, task: Measurement) -> dict
     store = Store(task.store)
     saes = [(sae_id, load(path).to(host.device)) for sae_id, path in task.saes]
     scores = _score(host, block, store, saes, task)
-    frames, vectors = [], {}
+    frames: list[pd.DataFrame] = []
+    vectors: dict[str, Tensor] = {}
     for sae_id, sae in saes:
-        sums, by_group = row_sums(sae, store, task.site, block.name)
+        sums, by_group, top = row_sums(sae, store, task.site, block.name)
         frame = by_group.join(scores[sae_id], how="outer").fillna(0.0)
         frames.append(frame.rename_axis("group").reset_index().assign(sae_id=sae_id))
-        vectors[f"{sae_id}.shifted"] = sums.shifted
+        vectors |= {f"{sae_id}.shifted": sums.shifted, f"{sae_id}.residual": sums.residual, f"{sae_id}.top": top}
         if sums.firings is not None:
             vectors[f"{sae_id}.firings"] = sums.firings
     task.root.mkdir(parents=True, exist_ok=True)
@@ -80,8 +86,11 @@ def done(root: Path, name: str) -> bool:
     return (root / f"{name}.json").exists()
 
 
-def row_sums(sae: SAE, store: Store, site: str, name: str) -> tuple[RowSums, pd.DataFrame]:
-    """Sums of an SAE over one shard's rows: in all, and by group (index group, columns ROW_SUMS)."""
+def row_sums(sae: SAE, store: Store, site: str, name: str) -> tuple[RowSums, pd.DataFrame, Tensor]:
+    """Sums of an SAE over one shard's rows: in all, and by group (index group, columns ROW_SUMS).
+
+    Third, of the rows with the largest norms, ‖x‖, ‖x - x̂‖² and ‖x - shift‖² [TOP_NORMS_KEPT · rows, 3].
+    """
     x = store.shard(site, name)
     groups = store.row_columns(name, ("group",))["group"].to_pandas()
     codes, names = pd.factorize(groups, sort=True)
@@ -89,6 +98,8 @@ def row_sums(sae: SAE, store: Store, site: str, name: str) -> tuple[RowSums, pd.
     sums = RowSums(store.mean(site))
     totals = {column: np.zeros(len(names)) for column in ROW_SUMS}
     totals["rows"] += np.bincount(codes, minlength=len(names))
+    kept = math.ceil(TOP_NORMS_KEPT * x.shape[0])
+    top = torch.empty(0, 3, dtype=torch.float64)
     for start in range(0, x.shape[0], ROWS_AT_ONCE):
         rows = x[start : start + ROWS_AT_ONCE].to(device, torch.float32)
         f = sae.encode(rows)
@@ -96,35 +107,49 @@ def row_sums(sae: SAE, store: Store, site: str, name: str) -> tuple[RowSums, pd.
         part = codes[start : start + ROWS_AT_ONCE]
         for column, values in terms.items():
             totals[column] += np.bincount(part, weights=values.cpu().numpy(), minlength=len(names))
-    return sums, pd.DataFrame(totals, index=pd.Index(names))
+        candidates = [rows.double().norm(dim=1), terms["squared_error"], terms["squared_shifted"]]
+        top = _largest(torch.cat([top, torch.stack(candidates, 1).cpu()]), kept)
+    return sums, pd.DataFrame(totals, index=pd.Index(names)), top
+
+
+def _largest(rows: Tensor, count: int) -> Tensor:
+    """The `count` rows with the largest first column."""
+    return rows[rows[:, 0].argsort(descending=True, stable=True)[:count]]
 
 
 def _score(
     host: ModelHost, block: TokenBlock, store: Store, saes: Sequence[tuple[str, SAE]], task: Measurement
 ) -> dict[str, pd.DataFrame]:
-    """Per SAE, sums by group over scored tokens (index group, columns SCORE_SUMS)."""
-    count = int(np.ceil(task.scored_fraction * len(block.input_ids)))
+    """Per SAE, sums by group over scored tokens (index group, columns SCORE_SUMS).
+
+    The SAEs share the clean pass and the ablations, and all passes with an edit start where the clean one reached the
+    site. Several SAEs in one forward pass would save nothing more: a batch is as large as it may be already.
+    """
+    count = math.ceil(task.scored_fraction * len(block.input_ids))
     part = _head(block, count)
     names = sorted(set(block.groups))
     number = {name: i for i, name in enumerate(names)}
     group_of = np.array([number[name] for name in block.groups])
     totals = {sae_id: {column: np.zeros(len(names)) for column in SCORE_SUMS} for sae_id, _ in saes}
     mean = store.mean(task.site).to(torch.float32)
+    below = host.start_of(task.site)
     for batch in micro_batches(part, min(task.tokens_per_forward, max(1, LOGITS_AT_ONCE // host.facts.vocab_size))):
         pairs = batch.mask[:, :-1] & batch.mask[:, 1:]  # both the predicting and the predicted token are kept
         if not bool(pairs.any()):
             continue
         codes = group_of[_pair_examples(part, batch, pairs)]
-        clean = _log_probabilities(host, batch, pairs, {})
+        logits, start = host.run(batch.input_ids, batch.attention_mask, [below] if below else [])
+        clean = _log_probabilities(logits, pairs)
+        p = clean.exp()
 
         def add(
-            ids: Sequence[str], name: str, log_p: Tensor, batch: MicroBatch = batch, pairs: Tensor = pairs,
-            codes: np.ndarray = codes, clean: Tensor = clean,
+            ids: Sequence[str], name: str, log_q: Tensor, batch: MicroBatch = batch, pairs: Tensor = pairs,
+            codes: np.ndarray = codes, clean: Tensor = clean, p: Tensor = p,
         ) -> None:  # fmt: skip
-            target = batch.input_ids[:, 1:][pairs].to(log_p.device)
-            values = {f"nll_{name}": -log_p.gather(1, target[:, None]).squeeze(1)}
+            target = batch.input_ids[:, 1:][pairs].to(log_q.device)
+            values = {f"nll_{name}": -log_q.gather(1, target[:, None]).squeeze(1)}
             if name != "clean":
-                values[f"kl_{name}"] = (clean.exp() * (clean - log_p)).sum(1)
+                values[f"kl_{name}"] = (p * (clean - log_q)).sum(1)
             for column, value in values.items():
                 summed = np.bincount(codes, weights=value.double().cpu().numpy(), minlength=len(names))
                 for sae_id in ids:
@@ -135,10 +160,12 @@ def _score(
         for sae_id in everyone:
             totals[sae_id]["scored"] += np.bincount(codes, minlength=len(names))
         for name, edit in (("zero", edits.zero(batch.mask)), ("mean", edits.mean(mean, batch.mask))):
-            add(everyone, name, _log_probabilities(host, batch, pairs, {task.site: edit}))
+            logits = host.logits(batch.input_ids, batch.attention_mask, {task.site: edit}, start)
+            add(everyone, name, _log_probabilities(logits, pairs))
         for sae_id, sae in saes:
-            spliced = edits.splice(sae, batch.mask)
-            add([sae_id], "spliced", _log_probabilities(host, batch, pairs, {task.site: spliced}))
+            splice = {task.site: edits.splice(sae, batch.mask)}
+            logits = host.logits(batch.input_ids, batch.attention_mask, splice, start)
+            add([sae_id], "spliced", _log_probabilities(logits, pairs))
     return {sae_id: pd.DataFrame(columns, index=pd.Index(names)) for sae_id, columns in totals.items()}
 
 
@@ -163,9 +190,8 @@ def _pair_examples(block: TokenBlock, batch: MicroBatch, pairs: Tensor) -> np.nd
     )
 
 
-def _log_probabilities(host: ModelHost, batch: MicroBatch, pairs: Tensor, edit: dict[str, Edit]) -> Tensor:
-    """Log-probabilities [pairs, vocab] of the next token, in float32."""
-    logits = host.logits(batch.input_ids, batch.attention_mask, edit)
+def _log_probabilities(logits: Tensor, pairs: Tensor) -> Tensor:
+    """Log-probabilities [pairs, vocab] of the next token, in float32, of logits [batch, pos, vocab]."""
     return logits[:, :-1][pairs.to(logits.device)].float().log_softmax(-1)
 
 
@@ -174,30 +200,49 @@ def collect(
 ) -> dict[str, dict[str, float]]:
     """Metrics by sae_id from the blocks' sums, with `<metric>_low`/`_high` for those that rank or gate.
 
-    `shift` is the vector about which `squared_shifted` was taken (the store's mean).
+    `shift` is the vector about which `squared_shifted` was taken (the store's mean). dense_fraction and
+    never_fired_fraction have no interval: they would need each latent's firings by group.
     """
     table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
-    vectors: dict[str, Tensor] = {}
+    vectors: dict[str, list[Tensor]] = {}
     for name in names:
         for key, value in load_tensors(root / f"{name}.safetensors").items():
-            vectors[key] = vectors[key] + value if key in vectors else value
+            vectors.setdefault(key, []).append(value)
     found = {}
     for sae_id, rows in table.groupby("sae_id", sort=False):
         by_group = rows.groupby("group", sort=True)[[*ROW_SUMS, *SCORE_SUMS]].sum()
         total = by_group.sum()
-        sums = RowSums(shift)
-        sums.rows, sums.active = int(total["rows"]), int(total["active"])
-        for column in ("squared_error", "squared_shifted", "l2_ratio", "cosine"):
+        sums = RowSums(shift, rows=int(total["rows"]))
+        for column in SCALARS:
             setattr(sums, column, float(total[column]))
-        sums.shifted, sums.firings = vectors[f"{sae_id}.shifted"], vectors[f"{sae_id}.firings"]
-        metrics = {**sums.metrics(), **_score_metrics(total), "n_rows": int(total["rows"]), "n_groups": len(by_group)}
+        for name in ("shifted", "residual", "firings"):
+            setattr(sums, name, torch.stack(vectors[f"{sae_id}.{name}"]).sum(0))
+        top = torch.cat(vectors[f"{sae_id}.top"])
+        metrics = {**sums.metrics(), **_top_norms(sums, top), **_score_metrics(total)}
+        metrics |= {"n_rows": sums.rows, "n_groups": len(by_group)}
         # The mean of the rows is taken as known in each resample; it moves FVU by far less than the groups do.
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
-        for name, (columns, statistic) in _ranked(exact).items():
-            low, high = bootstrap_interval(by_group[list(columns)].to_numpy(), statistic, resamples, confidence, seed)
+        totals = pd.DataFrame(bootstrap_totals(by_group.to_numpy(), resamples, seed), columns=by_group.columns)
+        for name, statistic in _ranked(exact).items():
+            low, high = percentile_interval(statistic(totals).to_numpy(), confidence)
             metrics |= {f"{name}_low": low, f"{name}_high": high}
         found[str(sae_id)] = metrics
     return found
+
+
+def _top_norms(sums: RowSums, top: Tensor) -> dict[str, float]:
+    """The part of the TOP_NORMS of rows with the largest ‖x‖, which may carry most of the variance.
+
+    `top` [n, 3] as of `row_sums`. Variance is about the mean of the store's training rows. Special tokens are in none of
+    it: they never become rows of a store.
+    """
+    _, error, variance = _largest(top, math.ceil(TOP_NORMS * sums.rows)).sum(0).tolist()
+    rest = sums.squared_shifted - variance
+    return {
+        "top_norms_variance": variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan"),
+        "fvu_top_norms": error / variance if variance > 0 else float("nan"),
+        "fvu_without_top_norms": (sums.squared_error - error) / rest if rest > 0 else float("nan"),
+    }
 
 
 def _score_metrics(total: pd.Series) -> dict[str, float]:
@@ -219,15 +264,21 @@ def _score_metrics(total: pd.Series) -> dict[str, float]:
     }
 
 
-def _ranked(exact: float) -> dict[str, tuple[tuple[str, ...], Any]]:
-    """Columns and statistic of each metric that has an interval."""
+def _ranked(exact: float) -> dict[str, Callable[[pd.DataFrame], pd.Series]]:
+    """Each metric that has an interval, as a function of totals (columns ROW_SUMS and SCORE_SUMS).
+
+    `exact` is Σ‖x-μ‖² / Σ‖x-shift‖².
+    """
     return {
-        "fvu": (("squared_error", "squared_shifted"), lambda t: t[:, 0] / (t[:, 1] * exact)),
-        "l0": (("active", "rows"), lambda t: t[:, 0] / t[:, 1]),
-        "ce_delta": (("nll_spliced", "nll_clean", "scored"), lambda t: (t[:, 0] - t[:, 1]) / t[:, 2]),
-        "ce_loss_recovered": (
-            ("nll_zero", "nll_spliced", "nll_clean"),
-            lambda t: (t[:, 0] - t[:, 1]) / (t[:, 0] - t[:, 2]),
-        ),
-        "kl": (("kl_spliced", "scored"), lambda t: t[:, 0] / t[:, 1]),
+        "fvu": lambda t: t.squared_error / (t.squared_shifted * exact),
+        "explained_variance": lambda t: 1 - t.squared_error / (t.squared_shifted * exact),
+        "l0": lambda t: t.active / t.rows,
+        "l1": lambda t: t.l1 / t.rows,
+        "l2_ratio": lambda t: t.l2_ratio / t.rows,
+        "relative_reconstruction_bias": lambda t: t.squared_norm_hat / t.inner_product,
+        "cosine": lambda t: t.cosine / t.rows,
+        "ce_delta": lambda t: (t.nll_spliced - t.nll_clean) / t.scored,
+        "ce_loss_recovered": lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean),
+        "ce_recovered_mean": lambda t: (t.nll_mean - t.nll_spliced) / (t.nll_mean - t.nll_clean),
+        "kl": lambda t: t.kl_spliced / t.scored,
     }

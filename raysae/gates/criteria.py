@@ -16,9 +16,9 @@ from raysae.errors import UserError
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 METRICS = (
-    "fvu", "explained_variance", "l0", "l0_fraction", "dead_fraction", "never_fired_fraction", "dense_fraction", "l2_ratio",
-    "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "d_sae", "expansion_factor", "n_rows",
-    "n_scored_tokens",
+    "fvu", "explained_variance", "l0", "l0_fraction", "l1", "dead_fraction", "never_fired_fraction", "dense_fraction",
+    "l2_ratio", "relative_reconstruction_bias", "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl",
+    "d_sae", "expansion_factor", "n_rows", "n_scored_tokens",
 )  # fmt: skip
 SPARSITY = ("l0", "l0_fraction")
 MOST_ACTIVE = 0.5

@@ -270,6 +270,7 @@ class ModelHost:
         self._modules = find_modules(model, self._layout)
         self._tokenizer = tokenizer
         self._origin: tuple[str, str | None, bool] | None = None  # name, commit, trust_remote_code of a loaded model
+        self._blocks_return_tuples = False
 
     @classmethod
     def load(
@@ -359,13 +360,25 @@ class ModelHost:
         `input_ids` and `attention_mask` are [batch, pos], padded on the right; what is read at padding means nothing.
         One forward pass, which stops as soon as the last site is read. UserError for a site that the model lacks.
         """
-        return self._forward(input_ids, attention_mask, sites, {}, only_reads=True)[1]
+        return self._forward(input_ids, attention_mask, sites, {}, {}, only_reads=True)[1]
+
+    def start_of(self, site: str) -> str | None:
+        """Where a pass that edits `site` can start: the output of the last block below it, None if there is none.
+
+        What a clean pass reads there can be given as `start` to any number of passes over the same input.
+        """
+        below = self._blocks_below(parse_site(site, self.n_blocks))
+        return f"blocks.{below - 1}.resid_post" if below else None
 
     def logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, edits: Mapping[str, Edit] | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        edits: Mapping[str, Edit] | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Logits [batch, pos, vocab], with each site of `edits` changed on the way. Arguments as for `run`."""
-        return self.run(input_ids, attention_mask, edits=edits)[0]
+        return self.run(input_ids, attention_mask, edits=edits, start=start)[0]
 
     def run(
         self,
@@ -373,14 +386,20 @@ class ModelHost:
         attention_mask: Tensor | None,
         sites: Iterable[str] = (),
         edits: Mapping[str, Edit] | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [batch, pos, vocab] and the activations at `sites`, from one forward pass.
 
         Where a site is both edited and read, the value read is the edited one. `embed` and `blocks.0.resid_pre` are the
-        same place, edited in that order; so are each block's resid_post and the next one's resid_pre. ValueError if an
-        edit returns another shape; UserError for a site that the model lacks.
+        same place, edited in that order; so are each block's resid_post and the next one's resid_pre.
+
+        `start` is the activation at one resid_post, as an earlier pass over the same input read it: the blocks up to that
+        one are not run, and an edit there sees it. The outcome is that of the whole pass, to the bit.
+
+        ValueError if an edit returns another shape, and for a `start` that is no resid_post or lies above a site that is
+        edited or read; UserError for a site that the model lacks.
         """
-        logits, reads = self._forward(input_ids, attention_mask, sites, edits or {}, only_reads=False)
+        logits, reads = self._forward(input_ids, attention_mask, sites, edits or {}, start or {}, only_reads=False)
         assert logits is not None
         return logits, reads
 
@@ -390,6 +409,7 @@ class ModelHost:
         attention_mask: Tensor | None,
         sites: Iterable[str],
         edits: Mapping[str, Edit],
+        start: Mapping[str, Tensor],
         only_reads: bool,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         wanted = {site.name for site in order_sites(sites, self.n_blocks)}
@@ -413,9 +433,17 @@ class ModelHost:
                     raise _AllRead
             return x
 
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            (x,) = start.values()
+            return (x,) if self._blocks_return_tuples else x
+
         # Hooks of one module run in the order of their registration, which is the order of computation.
-        hooks = [self._hook(site, visit) for site in order_sites([*wanted, *edits], self.n_blocks)]
+        visited = order_sites([*wanted, *edits], self.n_blocks)
+        skipped = self._skipped(start, visited, input_ids)
+        hooks = [self._hook(site, visit) for site in visited]
         try:
+            for block in skipped:
+                block.forward = stand_in
             with torch.inference_mode():
                 mask = None if attention_mask is None else attention_mask.to(self.device)
                 output = self.model(input_ids=input_ids.to(self.device), attention_mask=mask, use_cache=False)
@@ -425,6 +453,30 @@ class ModelHost:
         finally:
             for hook in hooks:
                 hook.remove()
+            for block in skipped:
+                vars(block).pop("forward", None)  # its class's own again
+
+    def _blocks_below(self, site: Site) -> int:
+        """How many blocks' computation lies wholly below the site."""
+        if site.kind == "final_norm":
+            return self.n_blocks
+        return (site.block or 0) + (site.kind == "resid_post")
+
+    def _skipped(
+        self, start: Mapping[str, Tensor], visited: Iterable[Site], input_ids: Tensor
+    ) -> tuple[nn.Module, ...]:
+        """The blocks that a pass from `start` leaves out; ValueError for a `start` that will not do."""
+        if not start:
+            return ()
+        (name, x), *others = start.items()
+        site, expected = parse_site(name, self.n_blocks), (*input_ids.shape, self.d_model)
+        if others or site.kind != "resid_post" or x.shape != expected:
+            raise ValueError(f"start must be one resid_post {list(expected)}, not {', '.join(start)} {list(x.shape)}")
+        count = self._blocks_below(site)
+        missing = [s.name for s in visited if self._blocks_below(s) < count]
+        if missing:
+            raise ValueError(f"a pass that starts at {name} does not compute {', '.join(missing)}")
+        return self._modules.blocks[:count]
 
     def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
@@ -444,6 +496,8 @@ class ModelHost:
 
         def on_output(module: nn.Module, args: Any, output: Any) -> Any:
             # Attention returns (output, weights), and so do the blocks of some versions and models.
+            if site.kind == "resid_post":
+                self._blocks_return_tuples = isinstance(output, tuple)
             if isinstance(output, tuple):
                 return visit(site, output[0]), *output[1:]
             return visit(site, output)

@@ -50,7 +50,25 @@ COLUMNS = (
     Column("never_fired_fraction", "Never fired", "share", "latents that fired on no token of the evaluated split"),
     Column("dense_fraction", "Dense", "share", "latents that fire on more than 10% of the evaluated tokens"),
     Column("l2_ratio", "L2 ratio", "ratio", "mean |x̂| / |x|; below 1 is shrinkage"),
+    Column(
+        "relative_reconstruction_bias",
+        "Relative bias",
+        "ratio",
+        "E|x̂|² / E⟨x, x̂⟩; below 1 is shrinkage: x̂ divided by it is nearer to x (Gated SAE paper, eq. 10)",
+    ),
     Column("cosine", "Cosine", "ratio", "mean cosine of x and x̂"),
+    Column("l1", "L1", "small", "sum of |f| per token, mean, in units of the SAE's latents on raw activations"),
+    Column("fvu_without_top_norms", "FVU, other norms", "ratio", "FVU without the 0.1% of tokens with the largest |x|"),
+    Column("fvu_top_norms", "FVU, top norms", "ratio", "FVU of the 0.1% of tokens with the largest |x|"),
+    Column("top_norms_variance", "Variance in top norms", "share", "share of the variance that those 0.1% carry"),
+    Column("ev_resid_var", "EV, residual variance", "ratio", "1 − Σ var(x−x̂) / Σ var(x): blind to a constant offset"),
+    Column(
+        "ev_global", "EV, all elements", "ratio", "variances of all elements about one mean: credits the mean vector"
+    ),
+    Column(
+        "ev_scalar_mean", "EV, scalar mean", "ratio", "1 − Σ|x−x̂|² / Σ|x−m|², m one number: credits the mean vector"
+    ),
+    Column("ev_clipped", "EV, clipped", "ratio", "the same, negative values shown as 0"),
     Column("site", "Site", "text", "place in the model whose activations were reconstructed"),
     Column("seed", "Seed", "text", "seed of the initialisation"),
     Column("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,11 @@ from torch import Tensor
 
 DENSE_ABOVE = 0.1
 """A latent that fires on more than this share of rows is called dense."""
+
+SCALARS = (
+    "squared_error", "squared_shifted", "active", "l1", "squared_norm_hat", "inner_product", "l2_ratio", "cosine",
+)  # fmt: skip
+"""The sums of one number per row, by their name in `RowSums`."""
 
 
 @dataclass
@@ -23,37 +29,45 @@ class RowSums:
     rows: int = 0
     squared_error: float = 0.0  # Σ ‖x - x̂‖²
     squared_shifted: float = 0.0  # Σ ‖x - shift‖²
-    active: int = 0  # Σ number of non-zero latents
+    active: float = 0.0  # Σ number of non-zero latents
+    l1: float = 0.0  # Σ Σ_j |f_j|
+    squared_norm_hat: float = 0.0  # Σ ‖x̂‖²
+    inner_product: float = 0.0  # Σ ⟨x, x̂⟩
     l2_ratio: float = 0.0  # Σ ‖x̂‖/‖x‖
     cosine: float = 0.0  # Σ cos(x, x̂)
     shifted: Tensor = field(init=False)  # Σ (x - shift) [d]
+    residual: Tensor = field(init=False)  # Σ (x - x̂) [d]
     firings: Tensor | None = None  # rows on which each latent is non-zero [d_sae]
 
     def __post_init__(self) -> None:
         self.shift = self.shift.to(torch.float64)
         self.shifted = torch.zeros_like(self.shift)
+        self.residual = torch.zeros_like(self.shift)
 
     def add(self, x: Tensor, x_hat: Tensor, f: Tensor) -> dict[str, Tensor]:
-        """Add rows; returns the per-row terms [n] (float64) that were added, for sums by group."""
+        """Add rows; returns the per-row terms [n] (float64) of SCALARS that were added, for sums by group."""
         x64, x_hat64 = x.double(), x_hat.double()
         centred = x64 - self.shift.to(x.device)
-        norm, norm_hat = x64.norm(dim=1), x_hat64.norm(dim=1)
+        residual = x64 - x_hat64
+        norm, squared_norm_hat, inner = x64.norm(dim=1), x_hat64.square().sum(1), (x64 * x_hat64).sum(1)
+        norm_hat = squared_norm_hat.sqrt()
         on = (f != 0).view(torch.uint8)  # sums of bytes into int32 are many times faster than of bool into int64
-        active = on.sum(1, dtype=torch.int32)
         terms = {
-            "squared_error": (x64 - x_hat64).square().sum(1),
+            "squared_error": residual.square().sum(1),
             "squared_shifted": centred.square().sum(1),
-            "active": active.double(),
+            "active": on.sum(1, dtype=torch.int32).double(),
+            "l1": f.abs().sum(1).double(),  # a row's own sum in the dtype of f: in float64 it takes six times as long
+            "squared_norm_hat": squared_norm_hat,
+            "inner_product": inner,
             "l2_ratio": norm_hat / norm.clamp_min(1e-12),
-            "cosine": (x64 * x_hat64).sum(1) / (norm * norm_hat).clamp_min(1e-12),
+            "cosine": inner / (norm * norm_hat).clamp_min(1e-12),
         }
         self.rows += x.shape[0]
-        self.squared_error += terms["squared_error"].sum().item()
-        self.squared_shifted += terms["squared_shifted"].sum().item()
-        self.active += int(active.sum())
-        self.l2_ratio += terms["l2_ratio"].sum().item()
-        self.cosine += terms["cosine"].sum().item()
+        sums = torch.stack([values.sum() for values in terms.values()]).tolist()
+        for name, value in zip(terms, sums, strict=True):
+            setattr(self, name, getattr(self, name) + value)
         self.shifted += centred.sum(0).cpu()
+        self.residual += residual.sum(0).cpu()
         firings = on.sum(0, dtype=torch.int32).long().cpu()
         self.firings = firings if self.firings is None else self.firings + firings
         return terms
@@ -63,7 +77,7 @@ class RowSums:
         if not torch.equal(self.shift, other.shift):
             raise ValueError("sums about different shifts do not add")
         merged = RowSums(self.shift)
-        for name in ("rows", "squared_error", "squared_shifted", "active", "l2_ratio", "cosine", "shifted"):
+        for name in ("rows", *SCALARS, "shifted", "residual"):
             setattr(merged, name, getattr(self, name) + getattr(other, name))
         both = [s.firings for s in (self, other) if s.firings is not None]
         merged.firings = sum(both[1:], start=both[0]) if both else None
@@ -75,16 +89,52 @@ class RowSums:
         return self.squared_shifted - self.shifted.square().sum().item() / max(self.rows, 1)
 
     def metrics(self) -> dict[str, float]:
-        """FVU = Σ‖x-x̂‖² / Σ‖x-μ‖², EV = 1 - FVU (not clipped), L0, and the rest, over the rows seen."""
-        fvu = self.squared_error / self.total_variance if self.total_variance > 0 else float("nan")
+        """FVU = Σ‖x-x̂‖² / Σ‖x-μ‖², EV = 1 - FVU (not clipped), L0, and the rest, over the rows seen.
+
+        l1: mean Σ_j |f_j|, in the units of the (folded) SAE's latents. relative_reconstruction_bias: E‖x̂‖² / E⟨x, x̂⟩,
+        below 1 where x̂ is shrunk (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10).
+        """
+        fvu = _ratio(self.squared_error, self.total_variance)
         firings = self.firings if self.firings is not None else torch.zeros(1)
         rows = max(self.rows, 1)
         return {
             "fvu": fvu,
             "explained_variance": 1 - fvu,
             "l0": self.active / rows,
+            "l1": self.l1 / rows,
             "l2_ratio": self.l2_ratio / rows,
+            "relative_reconstruction_bias": self.squared_norm_hat / (self.inner_product or math.nan),
             "cosine": self.cosine / rows,
             "never_fired_fraction": (firings == 0).double().mean().item(),
             "dense_fraction": (firings > DENSE_ABOVE * rows).double().mean().item(),
+            **self.published_variances(),
         }
+
+    def published_variances(self) -> dict[str, float]:
+        """Four other definitions of explained variance, only so that published tables can be compared.
+
+        With r = x - x̂, and m the mean of all elements of x (a scalar):
+
+            ev_resid_var    1 - Σ_d var(r_d) / Σ_d var(x_d): does not see a constant offset of x̂
+            ev_global       1 - var(all elements of r) / var(all elements of x): credits the per-dimension mean, and does
+                            not see an offset that is the same in every dimension
+            ev_scalar_mean  1 - Σ‖r‖² / Σ‖x - m‖²: credits the per-dimension mean
+            ev_clipped      max(0, ev_scalar_mean): hides all that is worse than nothing
+        """
+        rows, d = max(self.rows, 1), self.shift.numel()
+        mean, bias = self.shift + self.shifted / rows, self.residual / rows
+        about_scalar = self.total_variance + rows * (mean - mean.mean()).square().sum().item()
+        of_residual = self.squared_error - rows * bias.square().sum().item()
+        all_of_residual = self.squared_error - rows * d * bias.mean().square().item()
+        ev_scalar_mean = 1 - _ratio(self.squared_error, about_scalar)
+        return {
+            "ev_resid_var": 1 - _ratio(of_residual, self.total_variance),
+            "ev_global": 1 - _ratio(all_of_residual, about_scalar),
+            "ev_scalar_mean": ev_scalar_mean,
+            "ev_clipped": max(ev_scalar_mean, 0.0),  # in this order, nan stays nan
+        }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """nan for a denominator, a sum of squares, that is not above 0."""
+    return numerator / denominator if denominator > 0 else math.nan

@@ -6,13 +6,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import BOS, D_MODEL, block_entry, tiny_block, tiny_host
+from helpers import BOS, D_MODEL, block_entry, tiny_block, tiny_host, tiny_store
 
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.artifacts import write_json
 from raysae.data.tokens import TokenBlock
-from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS, Measurement, _ranked, collect, done, measure_block
+from raysae.evaluate import fidelity
+from raysae.evaluate.fidelity import (
+    ROW_SUMS,
+    SCORE_SUMS,
+    Measurement,
+    _ranked,
+    _top_norms,
+    collect,
+    done,
+    measure_block,
+    row_sums,
+)
+from raysae.gates.criteria import METRICS
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
 from raysae.sae.sae import SAE
@@ -135,10 +147,15 @@ def reference(world, sae, block):
                         sums[column] += (p * (log_p["clean"][t] - values[t])).sum().item()
     x = torch.cat(rows).double()
     f = sae.encode(x.float())
+    x_hat = sae.decode(f).double()
     ce = {name: value / n for name, value in sums.items()}
     return {
-        "fvu": ((x - sae.decode(f).double()).square().sum() / (x - x.mean(0)).square().sum()).item(),
+        "fvu": ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item(),
         "l0": (f > 0).sum().item() / len(x),
+        "l1": f.sum().item() / len(x),
+        "relative_reconstruction_bias": (x_hat.square().sum() / (x * x_hat).sum()).item(),
+        "ev_resid_var": 1 - ((x - x_hat).var(0).sum() / x.var(0).sum()).item(),
+        "ev_global": 1 - ((x - x_hat).var() / x.var()).item(),
         "ce_clean": ce["clean"], "ce_zero": ce["zero"], "ce_mean": ce["mean"], "ce_spliced": ce["spliced"],
         "ce_delta": ce["spliced"] - ce["clean"],
         "ce_loss_recovered": (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]),
@@ -194,15 +211,73 @@ def test_sums_by_group_add_up_to_the_block(world):
 
 def test_intervals_hold_the_value_and_rest_on_the_same_formula(world):
     found = world.collect(*world.blocks)["relu"]
-    for name in ("fvu", "l0", "ce_delta", "ce_loss_recovered", "kl"):
+    for name in _ranked(1.0):
         assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
         assert found[f"{name}_low"] < found[f"{name}_high"]
     table = pd.concat([pd.read_parquet(world.task.root / f"{b.name}.parquet") for b in world.blocks])
     total = table[table["sae_id"] == "relu"].sum(numeric_only=True)
     x = torch.cat([world.store.shard(SITE, b.name) for b in world.blocks]).double()
     exact = (x - x.mean(0)).square().sum() / (x - world.store.mean(SITE)).square().sum()
-    for name, (columns, statistic) in _ranked(exact.item()).items():
-        assert statistic(total[list(columns)].to_numpy(float)[None])[0] == pytest.approx(found[name], rel=1e-9)
+    for name, statistic in _ranked(exact.item()).items():
+        assert statistic(total) == pytest.approx(found[name], rel=1e-9), name
+    assert found["explained_variance_low"] == pytest.approx(1 - found["fvu_high"])
+
+
+def test_every_metric_that_can_gate_has_an_interval():
+    """But for facts, for the dead latents of training, and for those that need each latent's firings by group."""
+    facts = {"d_sae", "expansion_factor", "n_rows", "n_scored_tokens"}
+    without = {"dead_fraction", "never_fired_fraction", "dense_fraction"}
+    assert {*_ranked(1.0), "l0_fraction"} == {*METRICS} - facts - without
+
+
+def test_the_largest_norms_apart(tmp_path, monkeypatch):
+    """3000 rows, of which the three largest, all in one shard, carry most of the variance and are not reconstructed."""
+    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 700)
+    x = torch.randn(3000, D_MODEL, generator=torch.Generator().manual_seed(0)) + 1
+    x[2500:2503] = torch.tensor([300.0, -200.0, 400.0])[:, None]
+    store = tiny_store(tmp_path, [("train", x[:1000]), ("validation", x[:2000]), ("validation", x[2000:])], SITE)
+    sae = saes()["topk"]
+    found = [row_sums(sae, store, SITE, name) for name in store.names("validation")]
+    sums, top = found[0][0].merge(found[1][0]), torch.cat([part[2] for part in found])
+    largest = torch.arange(3000).sub(2501).abs() < 2
+    error = (x.double() - sae(x).double()).square().sum(1)
+    variance = (x.double() - store.mean(SITE)).square().sum(1)
+    assert _top_norms(sums, top) == pytest.approx(
+        {
+            "top_norms_variance": (variance[largest].sum() / variance.sum()).item(),
+            "fvu_top_norms": (error[largest].sum() / variance[largest].sum()).item(),
+            "fvu_without_top_norms": (error[~largest].sum() / variance[~largest].sum()).item(),
+        }
+    )
+    assert _top_norms(sums, top)["top_norms_variance"] > 0.9
+
+
+@pytest.mark.parametrize("site", ["embed", "blocks.0.attn_out", "blocks.1.resid_pre", "blocks.1.mlp_out"])
+def test_edits_that_start_below_the_site_equal_whole_passes(world, site, monkeypatch):
+    """At sites before, inside and between blocks. The other tests' site is a resid_post."""
+    host, block, every = world.host, world.blocks[0], [*world.blocks, tiny_block("train", 0)]
+    settings = CaptureSettings((site,), "float32", 24, 0)
+    for one in every:
+        capture_block(host, one, world.root / site, settings)
+    manifest = finish(world.root / site, [block_entry(b) for b in every], settings, host.fingerprint, 0)
+    write_json(world.root / site / "manifest.json", manifest)
+    task = replace(world.task, store=world.root / site, site=site, root=world.root / site / "found")
+    run, starts = host.run, []
+
+    def counted(*args, start=None, **kwargs):
+        starts.append(start)
+        return run(*args, start=start, **kwargs)
+
+    monkeypatch.setattr(host, "run", counted)
+    measure_block(host, block, task)
+    passes = len(starts)
+    assert passes % (1 + 2 + len(world.saes)) == 0, "one clean pass, two ablations, one pass of each SAE"
+    assert sum(bool(start) for start in starts) == (passes * 5 // 6 if "blocks.1" in site else 0)
+    whole = replace(task, root=world.root / site / "whole")
+    monkeypatch.setattr(host, "run", lambda *args, start=None, **kwargs: run(*args, **kwargs))
+    measure_block(host, block, whole)
+    tables = [pd.read_parquet(t.root / f"{block.name}.parquet") for t in (task, whole)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-6)
 
 
 def test_scores_use_the_first_sequences_and_row_metrics_use_all(world):

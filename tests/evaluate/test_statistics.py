@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raysae.evaluate.statistics import bootstrap_interval
+from raysae.evaluate.statistics import bootstrap_interval, bootstrap_totals
 
 
 def ratio(totals):
@@ -56,3 +56,11 @@ def test_saes_on_the_same_groups_get_the_same_resamples():
 @pytest.mark.parametrize("sums", [np.ones((1, 2)), np.ones((0, 2)), np.array([[1.0, np.nan], [1.0, 1.0]])])
 def test_nothing_is_said_where_nothing_can_be(sums):
     assert np.isnan(bootstrap_interval(sums, ratio, 100, 0.9)).all()
+
+
+def test_a_column_that_is_not_finite_spoils_no_other():
+    sums = draw(np.random.default_rng(4), 30)
+    spoilt = np.concatenate([sums, np.full((30, 1), 1.0)], axis=1)
+    spoilt[3, 2] = np.inf
+    totals = bootstrap_totals(spoilt, 100, 0)
+    assert np.array_equal(totals[:, :2], bootstrap_totals(sums, 100, 0)) and np.isnan(totals[:, 2]).all()

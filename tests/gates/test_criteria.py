@@ -59,6 +59,11 @@ def test_l0_fraction_needs_both_of_its_parts(missing):
     assert not holds(("l0_fraction", "<=", 0.1), {"l0": 6.5, "d_sae": 64})
 
 
+def test_l0_fraction_has_the_interval_of_l0():
+    (verdict,) = apply(gate_of(("l0_fraction", "<=", 0.1)), {"l0": 6.4, "l0_low": 3.2, "l0_high": 12.8, "d_sae": 64})
+    assert (verdict.low, verdict.value, verdict.high) == pytest.approx((0.05, 0.1, 0.2))
+
+
 def test_every_mandatory_criterion_must_hold_and_no_other():
     gate = gate_of(("fvu", "<=", 0.2), ("l0", "<=", 10.0), ("l2_ratio", ">=", 0.8, False))
     assert passes(apply(gate, {"fvu": 0.1, "l0": 5.0, "l2_ratio": 0.1}))

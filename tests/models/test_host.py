@@ -270,6 +270,51 @@ def test_an_edit_at_each_site_has_its_effect(host: ModelHost) -> None:
     torch.testing.assert_close(same[0], host.logits(ids, ones)[0])
 
 
+def test_a_pass_that_starts_below_its_edit_equals_the_whole_pass_to_the_bit(host: ModelHost) -> None:
+    ids, mask = _batch()
+    calls: list[int] = []
+    blocks = _blocks(host.model)
+    handles = [b.mlp.register_forward_hook(lambda m, a, o, i=i: calls.append(i)) for i, b in enumerate(blocks)]
+    real = [block.forward for block in blocks]
+    try:
+        for name in host.sites:
+            site, below = parse_site(name, BLOCKS), host.start_of(name)
+            y = torch.randn(*ids.shape, host.width(name), generator=torch.Generator().manual_seed(3))
+            edits = {name: lambda x, y=y: 0.5 * x + y, "final_norm": lambda x: 2 * x}
+            logits, reads = host.run(ids, mask, [name, "final_norm"], edits)
+            start = host.read(ids, mask, [below] if below else [])
+            calls.clear()
+            from_there, reads_there = host.run(ids, mask, [name, "final_norm"], edits, start)
+            first = {"embed": 0, "final_norm": BLOCKS}.get(site.kind, (site.block or 0) + (site.kind == "resid_post"))
+            assert calls == list(range(first, BLOCKS)), f"{name}: the blocks that ran"
+            assert torch.equal(from_there, logits), name
+            assert all(torch.equal(reads_there[n], x) for n, x in reads.items()), name
+            assert not torch.equal(logits, host.logits(ids, mask)), name
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [block.forward for block in blocks] == real, "the blocks are themselves again"
+
+
+def test_a_start_that_will_not_do() -> None:
+    host = _host("llama")
+    ids, mask = _batch()
+    below = host.read(ids, mask, ["blocks.1.resid_post", "blocks.0.resid_post", "blocks.1.resid_pre"])
+    start = {"blocks.1.resid_post": below["blocks.1.resid_post"]}
+    for site in ("embed", "blocks.0.resid_post", "blocks.1.resid_pre", "blocks.1.mlp_out"):
+        with pytest.raises(ValueError, match=rf"starts at blocks\.1\.resid_post does not compute {site}"):
+            host.logits(ids, mask, {site: zero()}, start)
+        with pytest.raises(ValueError, match="does not compute"):
+            host.run(ids, mask, [site], start=start)
+    cut = {"blocks.1.resid_post": below["blocks.1.resid_post"][:, 1:]}
+    for wrong in (below, {"blocks.1.resid_pre": below["blocks.1.resid_pre"]}, cut):
+        with pytest.raises(ValueError, match="start must be one resid_post"):
+            host.logits(ids, mask, {}, wrong)
+    with pytest.raises(ValueError, match="made"):
+        host.logits(ids, mask, {"blocks.2.resid_post": lambda x: x[:, 1:]}, start)
+    assert torch.equal(host.logits(ids, mask, {}, start), host.logits(ids, mask)), "a failed pass leaves no stand-ins"
+
+
 def test_right_padding_changes_nothing(host: ModelHost) -> None:
     ids, mask = _batch()
     logits, reads = host.run(ids, mask, host.sites)

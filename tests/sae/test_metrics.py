@@ -1,9 +1,11 @@
 """Row metrics: what each value means, on examples where it is known, and that the sums lose nothing."""
 
+import math
+
 import pytest
 import torch
 
-from raysae.sae.metrics import RowSums
+from raysae.sae.metrics import SCALARS, RowSums
 
 
 def measured(x, x_hat, f=None, shift=None, batch=None):
@@ -38,6 +40,46 @@ def test_a_constant_offset_is_punished(x):
     assert measured(x, x + offset)["fvu"] == pytest.approx(expected, rel=1e-12) and expected > 0.2
 
 
+def test_four_definitions_of_explained_variance_on_a_reconstruction_of_the_mean_only(x):
+    """What the per-dimension mean scores: 0 by ours and (a); by the others, the share of the variance about one scalar
+    mean that lies between the dimensions' means."""
+    x = x + torch.arange(6)
+    found = measured(x, x.mean(0).expand_as(x))
+    between = len(x) * (x.mean(0) - x.mean()).square().sum() / (x - x.mean()).square().sum()
+    assert between > 0.2
+    assert found["explained_variance"] == pytest.approx(0, abs=1e-12)
+    assert found["ev_resid_var"] == pytest.approx(0, abs=1e-12)
+    for name in ("ev_global", "ev_scalar_mean", "ev_clipped"):
+        assert found[name] == pytest.approx(between.item(), rel=1e-12), name
+
+
+@pytest.mark.parametrize("scale,offset", [(0.9, 0.0), (0.9, 0.5), (-3.0, 0.5)])
+def test_four_definitions_of_explained_variance_as_the_published_code_has_them(x, scale, offset):
+    x = x + torch.arange(6)
+    x_hat = scale * x + offset * torch.arange(6) + torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    r = x - x_hat
+    one_mean = 1 - (r.square().mean() / x.var(correction=0)).item()
+    found = measured(x, x_hat, batch=7, shift=torch.ones(6))
+    expected = {
+        "explained_variance": 1 - (r.square().sum() / (x - x.mean(0)).square().sum()).item(),
+        "ev_resid_var": 1 - (r.var(0).sum() / x.var(0).sum()).item(),
+        "ev_global": 1 - (r.var() / x.var()).item(),
+        "ev_scalar_mean": one_mean,
+        "ev_clipped": max(0.0, one_mean),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-10)
+    assert (found["ev_scalar_mean"] < 0) == (scale < 0)
+
+
+def test_which_definitions_see_a_constant_offset(x):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    without, same, each = (measured(x, x + noise + 2 * by) for by in (torch.zeros(6), torch.ones(6), torch.arange(6)))
+    blind = {"ev_resid_var": (True, True), "ev_global": (True, False)}
+    for name in ("explained_variance", "ev_resid_var", "ev_global", "ev_scalar_mean"):
+        unseen = tuple(found[name] == pytest.approx(without[name], abs=1e-10) for found in (same, each))
+        assert unseen == blind.get(name, (False, False)), name
+
+
 def test_fvu_is_one_ratio_of_sums_not_a_mean_of_ratios(x):
     scaled = x * torch.linspace(0.01, 10, len(x))[:, None]
     x_hat = scaled + 0.5
@@ -70,6 +112,14 @@ def test_batch_size_does_not_matter(x):
         assert measured(x, x_hat, f, batch=batch) == pytest.approx(whole, abs=1e-10)
 
 
+def test_batch_size_does_not_matter_to_float32_latents():
+    generator = torch.Generator().manual_seed(5)
+    x, f = torch.randn(500, 6, generator=generator), torch.randn(500, 1000, generator=generator)
+    whole = measured(x, 0.7 * x, f)
+    for batch in (1, 7, 333):
+        assert measured(x, 0.7 * x, f, batch=batch) == pytest.approx(whole, abs=1e-10)
+
+
 def test_merged_sums_equal_one_pass(x):
     x_hat, f, shift = x + 0.3, (x > 4).double(), torch.ones(6)
     parts = []
@@ -92,6 +142,7 @@ def test_l0_dead_and_dense_on_a_hand_example():
     assert found["l0"] == pytest.approx((10 + 2 + 1 + 2) / 10)
     assert found["never_fired_fraction"] == pytest.approx(1 / 5)
     assert found["dense_fraction"] == pytest.approx(3 / 5)  # above, not at, a tenth of the rows
+    assert found["l1"] == pytest.approx((10 * 1.0 + 2 * 0.5 + 2.0 + 2 * 1.0) / 10)
 
 
 def test_norm_ratio_and_cosine(x):
@@ -100,15 +151,30 @@ def test_norm_ratio_and_cosine(x):
     assert measured(x, -x)["cosine"] == pytest.approx(-1)
 
 
+def test_relative_reconstruction_bias_is_the_scale_that_serves_x_hat_best(x):
+    """Its definition in the Gated SAE paper: the γ of the least ‖x̂/γ - x‖². One for all rows, not a mean over rows."""
+    for scale in (0.5, -2.0):
+        assert measured(x, scale * x)["relative_reconstruction_bias"] == pytest.approx(scale)
+    shrunk = 0.8 * x * torch.linspace(0.5, 1.2, len(x))[:, None] + 0.1
+    found = measured(x, shrunk, batch=7)["relative_reconstruction_bias"]
+    best = torch.linalg.lstsq(shrunk.reshape(-1, 1), x.reshape(-1, 1)).solution.item()
+    assert found == pytest.approx(1 / best, rel=1e-10) and found != pytest.approx(
+        measured(x, shrunk)["l2_ratio"], abs=0.01
+    )
+
+
 def test_rows_without_variance_or_no_rows_say_nothing():
     same = torch.ones(5, 3)
-    assert measured(same, same)["fvu"] != measured(same, same)["fvu"]
-    assert RowSums(torch.zeros(3)).metrics()["fvu"] != 0
+    found, empty = measured(same, same), RowSums(torch.zeros(3)).metrics()
+    for name in ("fvu", "explained_variance", "ev_resid_var", "ev_global", "ev_scalar_mean", "ev_clipped"):
+        assert math.isnan(found[name]) and math.isnan(empty[name]), name
+    assert math.isnan(empty["relative_reconstruction_bias"])
 
 
 def test_terms_by_row_add_up_to_the_sums(x):
     sums = RowSums(x.mean(0))
     terms = sums.add(x, x + 1, (x > 4).double())
-    for name in ("squared_error", "squared_shifted", "active", "l2_ratio", "cosine"):
+    assert set(terms) == set(SCALARS)
+    for name in SCALARS:
         assert terms[name].shape == (1000,)
         assert terms[name].sum().item() == pytest.approx(getattr(sums, name))

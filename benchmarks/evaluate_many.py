@@ -1,0 +1,161 @@
+"""Cost of evaluating eight SAEs together against evaluating one, and of forward passes that start at the site.
+
+    python benchmarks/evaluate_many.py [--repeats 5] [--json FILE]
+
+`measure_block` on one validation block (about 16,000 tokens, all scored) of TinyStories, stories260K (5 blocks, d 64),
+blocks.2.resid_post; TopK SAEs of 512 latents, k 16, untrained, since their quality does not change what they cost.
+
+- eight / one: the target is 2, and is not met (2.8). The SAEs share the clean pass and both ablations; each adds a pass
+  of its own from the site upwards (here 2 of 5 blocks and the head), and its reconstruction of the rows. With a cost of
+  F for what is shared and v for each SAE, (F + 8 v) / (F + v) <= 2 needs F >= 6 v. In blocks of the model alone F is
+  5 + 2 + 2 and v is 2, which gives 25 / 11 = 2.3; the head and what an SAE does with the rows come on top. So the ratio
+  falls with the share of the model below the site and with the model's size against d_sae. That ablations start at the
+  site, too, makes one SAE cheaper and so the ratio worse: it is no measure of speed by itself.
+- whole passes: the same, with every pass from token 0, as before. That the sums are equal is checked.
+- each alone: one SAE after another, each with its own clean pass and ablations.
+
+The parts are seconds of one evaluation of eight: the model's passes without the SAEs in them, the SAEs inside the passes,
+log-probabilities, and the sums over the stored rows (with the SAEs' work there).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import common
+import pandas as pd
+import quality
+import torch
+
+from raysae.activations.store import Store
+from raysae.data.tokens import TokenBlock, read_block
+from raysae.evaluate import fidelity
+from raysae.evaluate.fidelity import Measurement, measure_block
+from raysae.models.host import ModelHost
+from raysae.sae import formats
+from raysae.sae.architectures import SAEConfig, initial_parameters
+from raysae.sae.sae import SAE, fold
+from raysae.sae.train import InputScale
+
+D_SAE, K, SAES = 512, 16, 8
+
+
+def main() -> int:
+    args = common.parser(__doc__).parse_args()
+    load = os.getloadavg()[0]
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        quality.make_store(root, rows_per_block=16_384)
+        block = read_block(sorted((root / "tokens").glob("validation-*.parquet"))[0])
+        table = measure(root, block, make_saes(root), args.repeats)
+    return common.finish([table], args.json, load)
+
+
+def make_saes(root: Path) -> list[tuple[str, Path]]:
+    store = Store(root / "store")
+    scale = InputScale(store.mean(quality.SITE).float(), store.site(quality.SITE)["mean_square_norm"])
+    made = []
+    for seed in range(SAES):
+        config = SAEConfig("topk", quality.D_IN, D_SAE, k=K, seed=seed)
+        start = initial_parameters(config, scale.mean * scale.factor)
+        formats.save(SAE(config, fold(start, scale.factor)), root / f"sae-{seed}")
+        made.append((f"sae-{seed}", root / f"sae-{seed}"))
+    return made
+
+
+def measure(root: Path, block: TokenBlock, saes: list[tuple[str, Path]], repeats: int) -> common.Table:
+    host = ModelHost.load(str(quality.model_path()))
+
+    def evaluate(name: str, members: list[tuple[str, Path]]) -> None:
+        task = Measurement(root / "store", quality.SITE, tuple(members), root / name, 16_384, 1.0)
+        measure_block(host, block, task)
+
+    def alone() -> None:
+        for member in saes:
+            evaluate("alone", [member])
+
+    def whole() -> None:
+        with mock.patch.object(host, "start_of", lambda site: None):
+            evaluate("whole", saes)
+
+    works: dict[str, Callable[[], Any]] = {
+        "one": lambda: evaluate("one", saes[:1]),
+        "eight": lambda: evaluate("eight", saes),
+        "whole": whole,
+        "alone": alone,
+    }
+    evaluate("warm-up", saes[:1])
+    seconds = common.alternate(works, repeats)
+    sums = {name: pd.read_parquet(root / name / f"{block.name}.parquet") for name in ("eight", "whole")}
+
+    table = common.Table.titled(
+        f"{SAES} TopK SAEs of {D_SAE} latents on stories260K, {sum(len(ids) for ids in block.input_ids)} tokens"
+    )
+    for name, label in (
+        ("one", "one SAE, s"),
+        ("eight", "eight together, s"),
+        ("whole", "eight together, whole passes, s"),
+        ("alone", "eight, each alone, s"),
+    ):
+        table.add(label, common.spread(seconds[name]))
+    table.add("eight / one", common.ratios(seconds["eight"], seconds["one"]), at_most=2.0)
+    table.add("whole passes / passes from the site", common.ratios(seconds["whole"], seconds["eight"]))
+    table.add("each alone / together", common.ratios(seconds["alone"], seconds["eight"]))
+    table.add("sums equal those of whole passes", _equal(sums["eight"], sums["whole"]))
+    for name, value in parts(host, lambda: evaluate("parts", saes)).items():
+        table.add(f"of eight together: {name}, s", value)
+    return table
+
+
+def _equal(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    numbers = one.columns.difference(["sae_id", "group"])
+    return bool((one[numbers] - other[numbers]).abs().le(1e-6 * other[numbers].abs() + 1e-6).all(axis=None))
+
+
+def parts(host: ModelHost, work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds that `work` spends in its parts, and in all."""
+    spent: dict[str, float] = {}
+    with (
+        timing(spent, "run", host, "run"),
+        timing(spent, "SAEs", SAE, "__call__"),
+        timing(spent, "log", fidelity, "_log_probabilities"),
+        timing(spent, "rows", fidelity, "row_sums"),
+    ):
+        total = common.timed(work)
+    found = {
+        "the model's passes": spent["run"] - spent["SAEs"],
+        "SAEs in them": spent["SAEs"],
+        "log-probabilities": spent["log"],
+        "sums over stored rows": spent["rows"],
+    }
+    return {**found, "KL, sums by group, files": total - sum(found.values())}
+
+
+@contextmanager
+def timing(spent: dict[str, float], name: str, owner: Any, attribute: str) -> Iterator[None]:
+    """Add the seconds inside `owner.attribute` to `spent[name]`."""
+    original = getattr(owner, attribute)
+    spent[name] = 0.0
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[name] += time.perf_counter() - start
+
+    with mock.patch.object(owner, attribute, timed):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
