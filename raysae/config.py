@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, SettingsConfigDict
 
 from raysae.errors import UserError
 
@@ -296,6 +296,35 @@ class SweepJob(Section):
     def identity(self) -> dict[str, Any]:
         """What the run's results depend on: all fields but where it runs, what it is called and who is told."""
         return self.model_dump(mode="json", exclude={"run", "output", "cluster", "tracking", "require_go"})
+
+
+class ProbeJob(Section):
+    """raysae: what can be read from an SAE's latents, beside the baselines that it must beat. `results/<run>/probes/`."""
+
+    run: CliPositionalArg[Path]
+    """A run's directory, such as results/<run>."""
+    labels: Annotated[tuple[Literal["step", "step_type", "operation", "value", "answer"], ...], Field(min_length=1)] = (
+        "step", "step_type", "operation", "value", "answer",
+    )  # fmt: skip
+    """Labels to probe, separated by commas; what each says: raysae/data/labels.py."""
+    sae: str | None = None
+    """Id of the SAE; unset: the chosen one, or the closest to the gate where none was chosen."""
+    untrained: Path | None = None
+    """A run on an untrained model with the same data and tokenizer; its SAE becomes a baseline."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Whose rows; the SAE was trained on train, and chosen on validation."""
+    rows: PositiveInt = 4000
+    """Most rows per label, about as many of every group."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of the cross-validation by group."""
+    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 5, 16)
+    """How many latents the sparse probes read."""
+    bootstrap: PositiveInt = 500
+    """Bootstrap resamples, by group, behind each interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Coverage of the intervals."""
+    seed: int = 0
+    """Seed of the sample, the shuffled labels, the random SAE and the resamples."""
 
 
 def load_config(job: type[Job], argv: list[str] | None = None, config: str | Path | None = None) -> Job:

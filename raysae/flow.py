@@ -35,11 +35,10 @@ from raysae.progress import Progress, say
 from raysae.report.page import write_report
 from raysae.run import Run
 from raysae.sae import formats
-from raysae.sae.architectures import SAEConfig, initial_parameters
+from raysae.sae.architectures import SAEConfig
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
-from raysae.sae.sae import SAE, fold
-from raysae.sae.train import InputScale
+from raysae.sae.train import InputScale, untrained
 from raysae.sweep.collect import curves, training_table
 from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
@@ -514,8 +513,7 @@ class Flow:
                 options: dict[str, Any] = {knob: int(typical) if knob == "k" else float(typical)}
                 config = SAEConfig(str(architecture), store.d_model(site), d_sae, seed=self.config.seed, **options)
                 scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
-                start = initial_parameters(config, scale.mean * scale.factor)
-                formats.save(SAE(config, fold(start, scale.factor)), path / "controls" / name)
+                formats.save(untrained(config, scale), path / "controls" / name)
                 wanted[str(site)].append((name, path / "controls" / name))
         return wanted
 

@@ -76,6 +76,23 @@ class Run:
         return formats.load(self.path / "saes" / wanted)
 
     @property
+    def best(self) -> str | None:
+        """Id of the chosen SAE; of the closest to the gate where none was chosen."""
+        return self.decision["chosen"] or self.decision["closest"]
+
+    def site(self, sae_id: str) -> str:
+        """The site whose activations an SAE reads."""
+        return str(self.table.set_index("sae_id").at[sae_id, "site"])
+
+    def stage(self, name: str) -> Path:
+        """Directory of the run's last stage of this name (records, tokens, store, ...); UserError where it is gone."""
+        directory = [s["directory"] for s in self.ledger["stages"] if s["stage"] == name][-1]
+        path = self.path.resolve().parent / "stages" / directory
+        if not path.is_dir():
+            raise UserError(f"run: {self.path} needs its stage {path}, which is not there; run the sweep again")
+        return path
+
+    @property
     def figures(self) -> dict[str, Path]:
         """SVG files by figure name."""
         return {path.stem: path for path in sorted((self.path / "figures").glob("*.svg"))}

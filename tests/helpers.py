@@ -71,7 +71,8 @@ def tiny_store(
 ) -> Store:
     """A store of one site with these (split, x [rows, d]) shards, written by hand.
 
-    columns: example_id and position of a shard's rows by shard number; else every row is an example of its own.
+    columns: example_id, group, position, token_id and step of a shard's rows by shard number; else every row is an
+    example of its own.
     """
     listed = []
     for number, (split, x) in enumerate(shards):
@@ -85,7 +86,7 @@ def tiny_store(
                 "group": pa.array(list(given.get("group", ids)), pa.string()).dictionary_encode(),
                 "sequence_id": pa.array(np.zeros(n, np.int32)),
                 "position": pa.array(np.array(given.get("position", np.arange(n)), np.int32)),
-                "token_id": pa.array(np.zeros(n, np.int32)),
+                "token_id": pa.array(np.array(given.get("token_id", np.zeros(n)), np.int32)),
                 "step": pa.array(np.array(given.get("step", np.zeros(n)), np.int16)),
                 "split": pa.array([split] * n).dictionary_encode(),
             }

@@ -82,6 +82,11 @@ class InputScale:
         return 1 / math.sqrt(self.mean_square_norm)
 
 
+def untrained(config: SAEConfig, scale: InputScale) -> SAE:
+    """The SAE of `config` before its first step, in units of raw activations: it knows only their mean and norm."""
+    return SAE(config, fold(initial_parameters(config, scale.mean * scale.factor), scale.factor))
+
+
 def geometric_median(rows: Tensor, steps: int = 100, tolerance: float = 1e-6) -> Tensor:
     """The point [d_in] with the least sum of distances to rows [n, d_in], by Weiszfeld's algorithm, float64."""
     rows = rows.double()

@@ -1,0 +1,411 @@
+"""Probes: what can be read linearly from an SAE's latents, beside everything that it must be compared with.
+
+A probe is a logistic regression, dense or on k columns, cross-validated by group: all rows of a group lie in one fold. What
+a probe may choose (columns, regularisation) it chooses inside the training folds. Latents are `SAE.encode`'s, after the
+nonlinearity. Every probe of a label runs on the same rows, folds and bootstrap resamples, so that differences are paired:
+
+majority        class frequencies of the training folds
+token           one-hot token id
+raw             the activations that the SAE reads
+sae             its latents
+shuffled        its latents with the labels of other parts (examples, for a label of whole examples); mean of 5 shuffles
+random_sae      latents of the SAE as it was before training, from another seed
+untrained_model latents of an SAE of an untrained model, on the same tokens; where such a run is given
+
+Scores: macro-F1, balanced accuracy (chance is 1 / classes), AUROC (one against the rest, mean over classes and folds),
+each with a percentile interval over groups; selectivity = macro-F1 - that with shuffled labels (Hewitt & Liang 2019).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import sparse, stats
+
+from raysae.activations.store import Store
+from raysae.artifacts import write_atomic, write_json
+from raysae.data.labels import label_rows
+from raysae.data.records import Problem
+from raysae.data.splits import near_duplicate_groups
+from raysae.errors import UserError
+from raysae.evaluate.linear import Fit, Scored, Settings, cross_validate, group_folds, macro_f1, majority, recall, score
+from raysae.evaluate.statistics import cohens_d, group_weights, interval, largest_d_null, paired_permutation
+from raysae.progress import Progress
+from raysae.sae.sae import SAE
+from raysae.sae.train import InputScale, untrained
+
+ROWS_AT_ONCE = 4096
+SCORES = ("macro_f1", "balanced_accuracy", "auroc")
+NOT_GIVEN = "not measured: give --untrained, a run on an untrained model"
+CONTROL_ABOVE_CHANCE = 0.05
+"""Balanced accuracy above chance from which shuffled labels that can be predicted mean a leak."""
+INFORMATION_GAP = 0.05
+"""Macro-F1 between SAE and raw activations from which information counts as gained or lost."""
+SHUFFLES = 5
+"""One shuffle's balanced accuracy varies by 0.03 on 1000 rows, more than the groups of the rows explain."""
+FALSE_DISCOVERIES = 0.05
+DUPLICATE_SIMILARITY = 0.8
+"""Jaccard similarity of word 3-grams from which two questions are near-duplicates."""
+
+
+class Subject(NamedTuple):
+    """An SAE, and the store and site of the activations that it reads."""
+
+    store: Store
+    site: str
+    sae: SAE
+
+
+def probe(
+    subject: Subject,
+    problems: Sequence[Problem],
+    labels: Sequence[str],
+    settings: Settings,
+    other: Subject | None = None,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Probe each label: a table with a row per label, input and probe; and by label sizes, gaps, leakage and effects.
+
+    other: an SAE of an untrained model that read the same tokens. Raises UserError where the records do not belong to the
+    store, the split has too few groups, or no label has two classes.
+    """
+    store, site, sae = subject
+    rows = label_rows(row_table(store, settings.split), problems)
+    scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
+    # The member's own seed would give the start that it was trained from.
+    random_sae = untrained(replace(sae.config, seed=sae.config.seed + settings.seed + 1), scale)
+    tables, facts = [], {}
+    with Progress("probe", len(labels), "label") as progress:
+        for label in labels:
+            chosen, classes, dropped = sample(rows, f"label_{label}", settings)
+            facts[label] = {"classes": classes, "dropped": dropped}
+            if len(classes) < 2:
+                tables.append(pd.DataFrame([{"label": label, "status": "not measured: fewer than two classes"}]))
+            else:
+                x = read_rows(store, site, chosen)
+                inputs = {
+                    "token": one_hot(chosen["token_id"].to_numpy()),
+                    "raw": x,
+                    "random_sae": latents(random_sae, x),
+                    "sae": latents(sae, x),
+                }
+                if other is not None:
+                    there = align(chosen, other.store, settings.split)
+                    inputs["untrained_model"] = latents(other.sae, read_rows(other.store, other.site, there))
+                table, found = probe_label(inputs, chosen, classes, problems, settings)
+                tables.append(table.assign(label=label))
+                facts[label] |= found
+            progress.advance(1, label)
+    if not any("gaps" in found for found in facts.values()):
+        raise UserError(
+            f"labels: none of {', '.join(labels)} has two classes with {2 * settings.folds} groups each in the "
+            f"{settings.split} split; probe a run on problems with worked lines, or another split"
+        )
+    _adjust(facts)
+    table = pd.concat(tables, ignore_index=True)
+    return table[["label", *(column for column in table if column != "label")]], facts
+
+
+def write(directory: Path, table: pd.DataFrame, facts: dict[str, Any], settings: Settings, **about: Any) -> None:
+    """`probes.parquet`, the table; `probes.json`, what was probed (`about`), the settings, and by label the facts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomic(directory / "probes.parquet", lambda path: table.to_parquet(path, index=False))
+    write_json(directory / "probes.json", {**about, "settings": asdict(settings), "labels": facts})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows and inputs
+
+
+def row_table(store: Store, split: str) -> pd.DataFrame:
+    """The columns of a split's rows, in stored order, and where each lies: `shard`, `row`."""
+    parts = []
+    for name in store.names(split):
+        columns = store.row_columns(name).to_pandas()
+        parts.append(columns.astype({"example_id": str, "group": str}).assign(shard=name, row=np.arange(len(columns))))
+    if not parts:
+        raise UserError(f"split: {store.path} has no {split} rows")
+    return pd.concat(parts, ignore_index=True)
+
+
+def sample(rows: pd.DataFrame, column: str, settings: Settings) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Rows that have a label, at most `settings.rows`, its classes, and those dropped for lack of groups.
+
+    Groups take turns, so that every group gives about as many rows; the first rows are of distinct groups. A class needs
+    two groups per fold.
+    """
+    rows = rows[rows[column].notna()]
+    groups = rows.groupby(column)["group"].nunique()
+    classes = sorted(groups.index[groups >= 2 * settings.folds])
+    rows = rows[rows[column].isin(classes)]
+    rows = rows.iloc[np.random.default_rng(settings.seed).permutation(len(rows))]
+    turn = rows.groupby("group").cumcount().to_numpy()
+    rows = rows.iloc[np.argsort(turn, kind="stable")[: settings.rows]]
+    if len(classes) > 1 and rows["group"].nunique() < 2 * settings.folds:
+        raise UserError(f"rows: {settings.rows} rows hold too few groups for {settings.folds} folds; raise it")
+    return rows.assign(label=rows[column]), classes, sorted(set(groups.index) - set(classes))
+
+
+def align(rows: pd.DataFrame, store: Store, split: str) -> pd.DataFrame:
+    """Where the same tokens lie in another store, joined by example_id and position; UserError where one is not there."""
+    key = ["example_id", "position"]
+    there = row_table(store, split)[[*key, "token_id", "shard", "row"]]
+    found = rows[[*key, "token_id"]].merge(there, on=[*key, "token_id"], how="left", validate="many_to_one")
+    if found["shard"].isna().any():
+        raise UserError(f"untrained: {store.path} lacks tokens of this run; use the same data, split and tokenizer")
+    return found
+
+
+def read_rows(store: Store, site: str, rows: pd.DataFrame) -> np.ndarray:
+    """Activations [n, d_model] float32 of rows of `row_table`, in their order."""
+    x = np.empty((len(rows), store.d_model(site)), np.float32)
+    at = rows["row"].to_numpy(np.int64)
+    for name, places in rows.groupby("shard").indices.items():
+        x[places] = store.shard(site, str(name))[torch.from_numpy(at[places])].float().numpy()
+    return x
+
+
+def latents(sae: SAE, x: np.ndarray) -> sparse.csr_matrix:
+    """The latents [n, d_sae] that `sae.encode` gives for x [n, d_in]: after the nonlinearity, never before."""
+    parts = torch.from_numpy(x).split(ROWS_AT_ONCE)
+    return sparse.vstack([sparse.csr_matrix(sae.encode(part).numpy()) for part in parts], format="csr")
+
+
+def one_hot(values: np.ndarray) -> sparse.csr_matrix:
+    """One column [n, distinct values] per value. A value that training rows lack has a constant column there: no weight."""
+    distinct, index = np.unique(values, return_inverse=True)
+    shape = (len(values), len(distinct))
+    return sparse.csr_matrix((np.ones(len(values), np.float32), (np.arange(len(values)), index)), shape=shape)
+
+
+def shuffled(labels: np.ndarray, rows: pd.DataFrame, seed: int) -> np.ndarray:
+    """Labels [n] handed on whole: each part's (example_id, step) rows get another part's label, or each example's another
+    example's where a label does not change within examples. Constant within a unit as before, and at chance across groups.
+    """
+    examples = rows["example_id"].to_numpy()
+    if pd.Series(labels).groupby(examples).nunique().max() == 1:
+        unit = pd.factorize(examples)[0]
+    else:
+        unit = rows.groupby(["example_id", "step"]).ngroup().to_numpy()
+    of_unit = labels[np.unique(unit, return_index=True)[1]]
+    return np.random.default_rng(seed).permutation(of_unit)[unit]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One label
+
+
+def probe_label(
+    inputs: dict[str, Any], rows: pd.DataFrame, classes: list[str], problems: Sequence[Problem], settings: Settings
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """All probes of one label on one set of rows: the table, and sizes, gaps, leakage checks and the largest effects."""
+    y = pd.Categorical(rows["label"], categories=classes).codes.astype(np.int64)
+    groups = pd.factorize(rows["group"])[0]
+    fold = group_folds(groups, settings.folds)
+    weights = group_weights(groups.max() + 1, settings.bootstrap, settings.seed)
+    scored: dict[tuple[str, str], Scored] = {}
+    table = []
+
+    def fitted(x: Any, truth: np.ndarray, k: int | None, settings: Settings = settings) -> tuple[Fit, Scored]:
+        fit = cross_validate(x, truth, groups, fold, settings, k)
+        return fit, score(fit, truth, groups, fold, weights)
+
+    def add(name: str, kind: str, x: Any, fit: Fit, done: Scored) -> None:
+        scored[name, kind] = done
+        total = done.confusion.sum(0)
+        entry: dict[str, Any] = {"input": name, "probe": kind, "status": "measured"}
+        for metric, values in done.values.items():
+            entry |= _with_interval(metric, values, settings)
+        if name != "shuffled" and ("shuffled", kind) in scored:
+            above = done.values["macro_f1"] - scored["shuffled", kind].values["macro_f1"]
+            entry |= _with_interval("selectivity", above, settings)
+        often = pd.Series([column for fold in fit.columns for column in fold], dtype=int).value_counts()
+        entry |= {
+            "accuracy": float(total.trace() / total.sum()),
+            "recall": recall(total).tolist(),  # by class
+            "columns": often.index[: len(fit.columns[0])].tolist() if fit.columns else None,  # chosen by most folds
+            "c": float(np.median(fit.cs)) if fit.cs else None,
+            "not_converged": sum(not c for c in fit.converged),
+            "n_columns": x.shape[1] if x is not None else 0,
+            "l0": x.nnz / x.shape[0] if sparse.issparse(x) else None,
+        }
+        table.append(entry)
+
+    guess = majority(y, fold)
+    add("majority", "dense", None, guess, score(guess, y, groups, fold, weights))
+    kinds = {"dense": None} | {f"k={k}": k for k in settings.ks}
+    controls = [shuffled(y, rows, settings.seed + i) for i in range(SHUFFLES)]
+    for kind, k in kinds.items():
+        fit, first = fitted(inputs["sae"], controls[0], k)
+        same_c = replace(settings, cs=(float(np.median(fit.cs)),))
+        others = [fitted(inputs["sae"], control, k, same_c)[1] for control in controls[1:]]
+        add("shuffled", kind, inputs["sae"], fit, _mean([first, *others]))
+    for name, x in inputs.items():
+        for kind, k in kinds.items():
+            if name != "token" or kind == "dense":
+                add(name, kind, x, *fitted(x, y, k))
+    if "untrained_model" not in inputs:
+        table.append({"input": "untrained_model", "status": NOT_GIVEN})
+
+    gaps = {}
+    mine = scored["sae", "dense"]
+    for name in ("majority", "token", "raw", "random_sae", "untrained_model"):
+        if (name, "dense") in scored:
+            theirs = scored[name, "dense"]
+            gap = mine.values["macro_f1"] - theirs.values["macro_f1"]
+            p = _permutation_p(mine, theirs, len(classes), settings)
+            gaps[name] = {**_with_interval("macro_f1", gap, settings), "p": p}
+    facts = {
+        "n_rows": len(rows),
+        "n_groups": weights.shape[1],
+        "class_rows": np.bincount(y, minlength=len(classes)).tolist(),
+        "gaps": gaps,
+        "leakage": leakage(scored, gaps, rows, fold, len(classes), problems, settings),
+        "effects": effects(inputs["sae"], y, groups, classes, settings),
+    }
+    return pd.DataFrame(table), facts
+
+
+def leakage(
+    scored: dict[tuple[str, str], Scored], gaps: dict[str, Any], rows: pd.DataFrame, fold: np.ndarray, classes: int,
+    problems: Sequence[Problem], settings: Settings,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Four reasons to distrust a score, each with its figures and a `flag`, empty where there is none.
+
+    duplicates: near-duplicate questions in more than one fold. control: shuffled labels can be predicted. information: the
+    SAE's macro-F1 differs from the raw activations' by more than INFORMATION_GAP and its interval excludes 0. token: the
+    SAE's probe is not clearly better than the token id alone.
+    """
+    control = scored["shuffled", "dense"].values["balanced_accuracy"]
+    above = control[0] > 1 / classes + CONTROL_ABOVE_CHANCE and interval(control, settings.confidence)[0] > 1 / classes
+    crossing = duplicates_across_folds(rows["example_id"].to_numpy(), fold, problems)
+    raw, token = gaps["raw"], gaps["token"]
+    moved = abs(raw["macro_f1"]) > INFORMATION_GAP and not raw["macro_f1_low"] <= 0 <= raw["macro_f1_high"]
+    return {
+        "duplicates": {
+            "groups_across_folds": crossing,
+            "flag": f"{crossing} sets of near-duplicate questions lie in several folds" if crossing else "",
+        },
+        "control": {
+            **_with_interval("balanced_accuracy", control, settings),
+            "chance": 1 / classes,
+            "flag": "shuffled labels are predicted above chance: folds leak" if above else "",
+        },
+        "information": {
+            "gap": raw["macro_f1"],
+            "flag": ("information gain" if raw["macro_f1"] > 0 else "information loss") if moved else "",
+        },
+        "token": {
+            "gap": token["macro_f1"],
+            "flag": "the token id alone tells the label as well" if token["macro_f1_low"] <= 0 else "",
+        },
+    }
+
+
+def duplicates_across_folds(example_ids: np.ndarray, fold: np.ndarray, problems: Sequence[Problem]) -> int:
+    """How many sets of near-duplicate questions have rows in more than one fold."""
+    folds_of = pd.DataFrame({"example_id": example_ids, "fold": fold}).drop_duplicates()
+    question = {p.example_id: p.question for p in problems}
+    examples = folds_of["example_id"].unique()
+    like = dict(
+        zip(examples, near_duplicate_groups([question[e] for e in examples], DUPLICATE_SIMILARITY), strict=True)
+    )
+    # An example whose own rows are cut counts too.
+    return int((folds_of.groupby(folds_of["example_id"].map(like))["fold"].nunique() > 1).sum())
+
+
+def effects(x: Any, y: np.ndarray, groups: np.ndarray, classes: list[str], settings: Settings) -> dict[str, Any]:
+    """Effect sizes of single latents on one row per group, so that rows are independent: Cohen's d of each class against
+    the rest, beside the largest |d| of shuffled labels, and Welch's t with Benjamini-Hochberg over latents and classes.
+    """
+    first = np.unique(groups, return_index=True)[1]
+    x, y = x[first], y[first]
+    counts = np.bincount(y, minlength=len(classes))
+    kept = np.flatnonzero((counts > 1) & (counts < len(y) - 1))  # one row alone has no variance
+    positive = y == kept[:, None]
+    d, null = cohens_d(x, positive), largest_d_null(x, positive, seed=settings.seed)
+    values = x.toarray()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # latents that do not vary have no t
+        p = np.stack([stats.ttest_ind(values[m], values[~m], equal_var=False).pvalue for m in positive])
+    q = stats.false_discovery_control(np.nan_to_num(p, nan=1.0).ravel()).reshape(p.shape)
+    largest = zip(*np.unravel_index(np.argsort(-np.abs(d), axis=None)[:10], d.shape), strict=True)
+    return {
+        "n_rows": len(first),
+        "largest_d": float(np.abs(d).max()),
+        "null_largest_d": float(null.mean()),
+        "null_largest_d_95": float(np.quantile(null, 0.95)),
+        "discoveries": int((q <= FALSE_DISCOVERIES).any(axis=0).sum()),
+        "latents": [
+            {"latent": int(j), "class": classes[kept[c]], "d": float(d[c, j]), "q": float(q[c, j])} for c, j in largest
+        ],
+    }
+
+
+def _mean(several: list[Scored]) -> Scored:
+    """Scores averaged; confusions added."""
+    values = {name: np.mean([s.values[name] for s in several], axis=0) for name in SCORES}
+    return Scored(values, np.sum([s.confusion for s in several], axis=0))
+
+
+def _permutation_p(one: Scored, two: Scored, classes: int, settings: Settings) -> float:
+    def f1(totals: np.ndarray) -> np.ndarray:
+        return macro_f1(totals.reshape(*totals.shape[:-1], classes, classes))
+
+    flat = [s.confusion.reshape(len(s.confusion), -1) for s in (one, two)]
+    return paired_permutation(flat[0], flat[1], f1, seed=settings.seed)
+
+
+def _adjust(facts: dict[str, Any]) -> None:
+    """Adds to each gap its q: Benjamini-Hochberg over all labels and baselines."""
+    gaps = [gap for found in facts.values() for gap in found.get("gaps", {}).values()]
+    for gap, q in zip(gaps, stats.false_discovery_control([gap["p"] for gap in gaps]), strict=True):
+        gap["q"] = float(q)
+
+
+def _with_interval(name: str, values: np.ndarray, settings: Settings) -> dict[str, float]:
+    low, high = interval(values, settings.confidence)
+    return {name: float(values[0]), f"{name}_low": low, f"{name}_high": high}
+
+
+def summary(table: pd.DataFrame, facts: dict[str, Any]) -> str:
+    """By label: classes and sizes, a line per input, what sets the latents apart, and what makes a score suspicious."""
+    blocks = []
+    for label, rows in table.groupby("label", sort=False):
+        found = facts[str(label)]
+        measured = rows[rows["status"] == "measured"]
+        rare = f" (too rare: {', '.join(found['dropped'])})" if found["dropped"] else ""
+        head = f"{label}: {', '.join(found['classes'])}{rare}"
+        if measured.empty:
+            blocks.append(f"{head}: {rows['status'].iloc[0]}")
+            continue
+        dense = measured[measured["probe"] == "dense"].set_index("input")
+        shown = pd.DataFrame({f"{name} dense": _cells(dense, name) for name in (*SCORES, "selectivity")}, dense.index)
+        on_k = measured[measured["probe"] != "dense"].pivot(index="input", columns="probe", values="macro_f1").round(3)
+        shown = shown.join(on_k[[kind for kind in measured["probe"].unique() if kind != "dense"]])
+        gaps = [f"{name} {gap['macro_f1']:+.3f} (q {gap['q']:.2g})" for name, gap in found["gaps"].items()]
+        effect = found["effects"]
+        flags = [f"! {check['flag']}" for check in found["leakage"].values() if check["flag"]]
+        lines = [
+            f"{head}; {found['n_rows']} rows, {found['n_groups']} groups",
+            shown.rename_axis(None).to_string(na_rep="–"),
+            *(f"{row.input}: {row.status}" for row in rows[rows["status"] != "measured"].itertuples()),
+            f"macro-F1 of the latents' dense probe above {', '.join(gaps)}",
+            f"largest |d| of a latent {effect['largest_d']:.2f}; with shuffled labels {effect['null_largest_d']:.2f}, 95 % "
+            f"below {effect['null_largest_d_95']:.2f}; latents at q <= {FALSE_DISCOVERIES}: {effect['discoveries']}",
+            *(flags or ["no leak found"]),
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _cells(rows: pd.DataFrame, name: str) -> list[str]:
+    """`value [low, high]` of a score by row."""
+    values = rows[[name, f"{name}_low", f"{name}_high"]].to_numpy()
+    return ["–" if np.isnan(v) else f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in values]
