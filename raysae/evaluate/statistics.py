@@ -14,22 +14,11 @@ Matrix = Any  # np.ndarray or scipy.sparse
 PERMUTATIONS_AT_ONCE = 20
 
 
-def bootstrap_interval(
-    sums: np.ndarray, statistic: Statistic, resamples: int, confidence: float, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of a statistic of sums, resampling groups with replacement (Efron & Tibshirani 1993, §13.3).
-
-    sums: [groups, columns], additive per group. statistic: maps totals [resamples, columns] to values [resamples].
-    Returns (nan, nan) for fewer than two groups, where nothing can be said. Same seed, same resamples, so that intervals
-    of SAEs measured on the same groups are paired.
-    """
-    return percentile_interval(statistic(bootstrap_totals(sums, resamples, seed)), confidence)
-
-
 def bootstrap_totals(sums: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """Totals [resamples, columns] over groups drawn with replacement; for several statistics of the same resamples.
+    """Totals [resamples, columns] over groups drawn with replacement (Efron & Tibshirani 1993, §13.3), for any statistics.
 
-    Arguments as of `bootstrap_interval`. All nan for fewer than two groups; so is a column with a sum that is not finite.
+    sums: [groups, columns], additive per group. Same seed, same resamples, so that intervals of SAEs measured on the same
+    groups are paired. All nan for fewer than two groups; so is a column with a sum that is not finite.
     """
     groups = sums.shape[0]
     if groups < 2:

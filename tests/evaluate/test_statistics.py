@@ -9,14 +9,18 @@ from sklearn.metrics import roc_auc_score
 
 from raysae.evaluate.statistics import (
     auroc,
-    bootstrap_interval,
     bootstrap_totals,
     cohens_d,
     group_weights,
     interval,
     largest_d_null,
     paired_permutation,
+    percentile_interval,
 )
+
+
+def bootstrap_interval(sums, statistic, resamples, confidence, seed=0):
+    return percentile_interval(statistic(bootstrap_totals(sums, resamples, seed)), confidence)
 
 
 def ratio(totals):
