@@ -251,13 +251,13 @@ def measure(job: Job) -> Outcome:
     warnings.filterwarnings("ignore")
     first, *others = ways(job)
     points = search(job, first, [])
+    spread(job, first, points)  # the slope, without which other learning rates' points at another L0 do not compare
     setting, slope = settle(points, first)
     searched = [(first, points), *((way, [train(job, way, setting, 0)]) for way in others)]
     values = [at_target(points, slope) for _, points in searched]
     way, points = searched[values.index(min(values))]
     search(job, way, points)
-    if math.isnan(settle(points, way)[1]):
-        points.append(train(job, way, 1.25 * nearest(points)[0].setting, 0))
+    spread(job, way, points)
     setting, slope = settle(points, way)
     return Outcome(job, way, slope, [train(job, way, setting, seed, final=True) for seed in range(job.seeds)], searched)
 
@@ -279,6 +279,12 @@ def search(job: Job, way: Way, points: list[Point]) -> list[Point]:
             break
         points.append(train(job, way, setting, 0))
     return points
+
+
+def spread(job: Job, way: Way, points: list[Point]) -> None:
+    """Add an SAE of another L0 where there is none, so that there is a slope."""
+    if math.isnan(settle(points, way)[1]):
+        points.append(train(job, way, 1.25 * nearest(points)[0].setting, 0))
 
 
 def round_k(job: Job, setting: float) -> float:

@@ -199,7 +199,7 @@ def test_initial_parameters_depend_on_the_seed_alone(architecture):
     assert not torch.equal(one["W_dec"], other["W_dec"]) and torch.equal(one["b_dec"], torch.ones(D))
     norm = 1.0 if ARCHITECTURES[architecture].constrain_decoder else 0.1
     torch.testing.assert_close(one["W_dec"].norm(dim=1), torch.full((F,), norm))
-    torch.testing.assert_close(one["W_enc"].norm(dim=0), torch.full((F,), 0.3))
+    torch.testing.assert_close(one["W_enc"].norm(dim=0), torch.full((F,), ARCHITECTURES[architecture].encoder_norm))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def batches():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_planted_atoms_are_found(architecture):
-    member = Member("it", SAEConfig(architecture, D, D_SAE, **SPARSITY[architecture]), 3e-3)
+    member = Member("it", SAEConfig(architecture, D, D_SAE, **SPARSITY[architecture]), 5e-3)
     pack = Pack([member], Recipe(STEPS, BATCH, 50, 300, 150, 20 * BATCH), SCALE)
     assert recovered(pack.sae("it").parameters["W_dec"]) < 0.1
     pack.train(batches())
