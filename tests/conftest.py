@@ -15,6 +15,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ray's tests first: they are one process's work, the longest, and mostly wait while the other process computes."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real models and datasets; tests that need them skip where they are absent, except under CI."""
