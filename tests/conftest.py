@@ -15,11 +15,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ray's tests first: they are one process's work, the longest, and mostly wait while the other process computes."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real models and datasets; tests that need them skip where they are absent, except under CI."""
@@ -55,7 +50,7 @@ def arithmetic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """The one local cluster of the test session: tests that use it are of the xdist group `ray`, so of one process."""
+    """The one local cluster of the test process. Tests that use it are of the xdist group `ray`, to share it."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
