@@ -12,7 +12,7 @@ sweep: $(VENV)/.run  ## find an SAE for the embedded model; no downloads but pac
 	$(BIN)/python jobs/sweep_sae.py --config configs/quickstart.yaml $(ARGS)
 
 test: $(VENV)/.dev  ## the whole test suite, two tests at a time
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -13,6 +14,28 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+ON_RAY = ("test_faults.py", "test_flow.py", "test_jobs_api.py")
+"""Files whose tests start Ray or use its cluster. Under xdist one worker runs them all, so that there is one cluster."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests go to the workers one by one, those of ON_RAY together and first. (`--dist loadgroup` would do, but for
+    pytest 9.2, whose node ids xdist 3.8 cannot mark.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.split("::")[0].endswith(ON_RAY) else nodeid
+
+    return OneCluster(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test of another file that asks for the cluster would start a second one."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()) and item.path.name not in ON_RAY:
+            raise pytest.UsageError(f"{item.nodeid} uses ray_cluster: add {item.path.name} to ON_RAY in conftest.py")
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +73,7 @@ def arithmetic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """The one local cluster of the test process. Tests that use it are of the xdist group `ray`, to share it."""
+    """The one local cluster of the session: the files of ON_RAY alone may use it."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)

@@ -21,7 +21,7 @@ from raysae.errors import CaptureError
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGER = {"tokens": 80_000, "rungs": 8}
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

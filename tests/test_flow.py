@@ -18,7 +18,6 @@ import raysae
 from raysae.activations.store import Store
 from raysae.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).resolve().parents[1]
 
 
