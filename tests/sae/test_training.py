@@ -320,6 +320,9 @@ def test_resampling_points_dead_latents_at_what_is_badly_reconstructed():
     torch.testing.assert_close(
         state["parameters.W_enc"][:, dead].norm(dim=0), (0.2 * alive_norm).expand(int(dead.sum()))
     )
+    rows = state["parameters.W_dec"].norm(dim=1)
+    assert (rows[~dead].mean() - 1).abs() > 1e-3  # or rows left at norm 1 would do
+    torch.testing.assert_close(rows[dead], rows[~dead].mean().expand(int(dead.sum())))
     assert not state["adam.W_enc.exp_avg"][:, dead].any() and not state["adam.b_enc.exp_avg"][dead].any()
     x = BATCHES[29] * SCALE.factor - state["parameters.b_dec"]
     cosine = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(state["parameters.W_dec"][dead]).T
