@@ -88,3 +88,9 @@ def test_the_recipe_counts_tokens_in_steps():
     assert rates[0] == pytest.approx(1 / 50) and rates[49] == 1 and set(rates[49:800]) == {1.0}
     assert rates[801:] == sorted(rates[801:], reverse=True) and 0 < rates[-1] <= 1 / 200
     assert recipe(5, 100, 0.05, 0.2, 0.1, 10).steps == 1
+
+
+def test_l1_coefficients_are_given_in_the_stated_units_and_kept_as_unit_norm():
+    (proposal,) = proposals({"s": 64}, ("relu",), (4,), {"relu": (0.8,)}, 1)
+    (member,) = members(proposal, 0.8, 64, (0,), Common(l1_units="sqrt_d"))
+    assert member.config.l1_coefficient == pytest.approx(0.8 / 8) and "l1_0.1" in member.sae_id
