@@ -42,7 +42,7 @@ from raysae.sae.train import InputScale, untrained
 from raysae.sweep.collect import curves, training_table
 from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
-STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 3, "evaluation": 2}
+STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 4, "evaluation": 2}
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
 
 CONTEXT_AT_MOST = 512
