@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, SettingsConfigDict
 
 from raysae.errors import UserError
@@ -27,6 +27,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Job = TypeVar("Job", bound="Section")
 
 Widths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+Label = Literal["step", "step_type", "operation", "value", "answer"]
+Null = Literal["untrained", "permuted", "pca", "ica", "shuffled_rows", "untrained_model"]
+NULLS: tuple[Null, ...] = get_args(Null)
 
 
 class Section(BaseModel):
@@ -233,6 +236,37 @@ class EvaluationConfig(Section):
     """Bootstrap resamples, by group, behind each interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Coverage of the intervals."""
+    nulls: Annotated[tuple[Null | Literal["all"], ...], Field(min_length=1)] = ("untrained",)
+    """Controls measured beside the SAEs of each site and architecture. untrained: before its first step; permuted: decoder
+    rows exchanged; pca, ica: linear codes as sparse; shuffled_rows: trained on rows whose dimensions were shuffled;
+    untrained_model: trained on the same model with random weights; all: every one. The last two train, pca and ica fit."""
+
+    @field_validator("nulls")
+    @classmethod
+    def _all_in_one_order(cls, given: tuple[str, ...]) -> tuple[Null, ...]:
+        return tuple(kind for kind in NULLS if kind in given or "all" in given)
+
+
+class ProbeFields(Section):
+    """How probes are fitted and scored."""
+
+    split: Literal["train", "validation", "test"] = "test"
+    """Whose rows; the SAE was trained on train, and chosen on validation."""
+    rows: PositiveInt = 4000
+    """Most rows per label, about as many of every group."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of the cross-validation by group."""
+    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 5, 16)
+    """How many latents the sparse probes read."""
+    bootstrap: PositiveInt = 500
+    """Bootstrap resamples, by group, behind each interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Coverage of the intervals."""
+
+
+class ProbesConfig(ProbeFields):
+    labels: tuple[Label, ...] = ()
+    """Labels to probe on the chosen SAE, or the closest; none: no probes. What each says: raysae/data/labels.py."""
 
 
 class ClusterConfig(Section):
@@ -280,6 +314,8 @@ class SweepJob(Section):
     """How each SAE is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How each SAE is measured."""
+    probes: ProbesConfig = ProbesConfig()
+    """What is read from the latents of the chosen SAE, beside the baselines that it must beat."""
     gate: Path = Path("configs/gates/default.yaml")
     """Criteria that the chosen SAE must meet."""
     basis: Path | None = None
@@ -298,31 +334,18 @@ class SweepJob(Section):
         return self.model_dump(mode="json", exclude={"run", "output", "cluster", "tracking", "require_go"})
 
 
-class ProbeJob(Section):
+class ProbeJob(ProbeFields):
     """raysae: what can be read from an SAE's latents, beside the baselines that it must beat. `results/<run>/probes/`."""
 
     run: CliPositionalArg[Path]
     """A run's directory, such as results/<run>."""
-    labels: Annotated[tuple[Literal["step", "step_type", "operation", "value", "answer"], ...], Field(min_length=1)] = (
-        "step", "step_type", "operation", "value", "answer",
-    )  # fmt: skip
+    labels: Annotated[tuple[Label, ...], Field(min_length=1)] = get_args(Label)
     """Labels to probe, separated by commas; what each says: raysae/data/labels.py."""
     sae: str | None = None
     """Id of the SAE; unset: the chosen one, or the closest to the gate where none was chosen."""
     untrained: Path | None = None
-    """A run on an untrained model with the same data and tokenizer; its SAE becomes a baseline."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Whose rows; the SAE was trained on train, and chosen on validation."""
-    rows: PositiveInt = 4000
-    """Most rows per label, about as many of every group."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Folds of the cross-validation by group."""
-    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 5, 16)
-    """How many latents the sparse probes read."""
-    bootstrap: PositiveInt = 500
-    """Bootstrap resamples, by group, behind each interval."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Coverage of the intervals."""
+    """A run on an untrained model with the same data and tokenizer; its SAE becomes a baseline. Unset: the run's own, where
+    it measured the null untrained_model."""
     seed: int = 0
     """Seed of the sample, the shuffled labels, the random SAE and the resamples."""
 

@@ -6,10 +6,12 @@ inputs to a directory (`artifacts.stage`); Ray is started only if a stage has wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -24,25 +26,27 @@ from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
 from raysae.data.tokens import tokenize
 from raysae.errors import UserError
-from raysae.gates.criteria import Gate, load_gate, passes
+from raysae.evaluate.nulls import ELSEWHERE, beside
+from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes
 from raysae.gates.select import choose, decide, pareto_front
 from raysae.gates.waivers import load_waiver, read_basis
 from raysae.models.embedded import N_BLOCKS, N_POSITIONS, train_embedded
-from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
+from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts, save_with_random_weights
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
 from raysae.progress import Progress, say
 from raysae.report.page import write_report
 from raysae.run import Run
-from raysae.sae import formats
-from raysae.sae.architectures import SAEConfig
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
-from raysae.sae.train import InputScale, untrained
+from raysae.sae.train import Recipe
 from raysae.sweep.collect import curves, training_table
 from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
-STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 4, "evaluation": 2}
+STAGE_VERSIONS = {
+    "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 4, "nulls": 1, "null_model": 1, "evaluation": 3,
+    "probes": 1,
+}  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
 
 CONTEXT_AT_MOST = 512
@@ -61,6 +65,14 @@ def sweep(config: SweepJob) -> Run:
         return flow.run()
     finally:
         flow.close()
+
+
+class Controls(NamedTuple):
+    """Nulls, the store of the model that they read, and their measurements on it."""
+
+    nulls: Stage
+    store: Stage
+    measured: Stage
 
 
 class Flow:
@@ -85,6 +97,7 @@ class Flow:
             for name in names:
                 if name not in known:
                     raise UserError(f"sweep.{field}: {name!r} is not allowed; allowed: {', '.join(known)}")
+        check_must_beat(self.gate, config.evaluation.nulls, config.gate)
         self._check_run()
 
     def run(self) -> Run:
@@ -98,12 +111,18 @@ class Flow:
             order_sites(self.config.capture.sites or (), N_BLOCKS)
         say(f"run {self.directory}")
         records = self.records()
+        self._check_labels(records)
         model = self.model()
         tokens = self.tokens(records, model)
         store = self.store(tokens, model)
         sae_stage = self.saes(store, tokens)
-        validation = self.evaluation("validation", sae_stage, store, tokens, model)
-        return self._finish(sae_stage, validation, store, tokens, model)
+        kinds = self.config.evaluation.nulls
+        nulls = self.nulls([kind for kind in kinds if kind != ELSEWHERE], sae_stage, store, tokens)
+        validation = self.evaluation("validation", sae_stage, store, tokens, model, nulls)
+        controls = [Controls(nulls, store, validation)]
+        if ELSEWHERE in kinds:
+            controls.append(self._untrained_model(sae_stage, tokens, model))
+        return self._finish(sae_stage, validation, controls, records, store, tokens, model)
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -232,37 +251,18 @@ class Flow:
         widths = {site: opened.d_model(site) for site in opened.sites}
         ranges, grid = _coefficients(s)
         plan = proposals(widths, s.architectures, s.expansion_factors, grid if s.search == "grid" else None, s.samples)
-        shared = recipe(
-            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.sparsity_warmup_fraction, t.dead_after_tokens,
-            t.resample_at, t.precision,
-        )  # fmt: skip
-        label = t.losses.probe_label if t.losses.probe > 0 else None
-        losses = Losses(
-            **t.losses.model_dump(exclude={"probe_label"}),
-            probe_classes=opened.label_count("train", label) if label else 0,
-        )
+        shared, losses = self._recipe(), self._losses(opened)
         common = Common(t.learning_rate, t.base_learning_rate, losses, s.l1_units)
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.sweep.on_ray import PackSearch, run_sweep
-            from raysae.sweep.trial import Start, Trial
 
             if store.reused:
                 opened.verify()
             placement = self.cluster.trials()
             pack_size = s.pack_size if s.pack_size != "auto" else (8 if placement.gpus else 1)
             search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
-            trial = Trial(
-                store.path,
-                shared,
-                t.rungs,
-                self.config.seed,
-                path,
-                self._saelens_metadata(store, tokens.manifest["context_length"]),
-                Start(t.b_dec, t.initialisation == "rows"),
-                label,
-                t.losses.temporal > 0,
-            )
+            trial = self._trial(path, store, tokens)
             prune = s.prune.margin if s.prune.enabled else None
             grace = max(s.prune.grace_fraction, t.sparsity_warmup_fraction, t.warmup_fraction)
             say(
@@ -290,10 +290,57 @@ class Flow:
         }
         return self._stage("sweep", inputs, build)
 
+    def nulls(self, kinds: Sequence[str], saes: Stage, store: Stage, tokens: Stage) -> Stage:
+        """Nulls of these kinds, beside an SAE of each site and architecture, made from `store`: `saes/`, named in the
+        manifest."""
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.activations.store import Store
+            from raysae.evaluate import nulls
+
+            spent = {"tokens": 0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
+
+            def train(trial: Any, packs: Any) -> None:
+                from raysae.sweep.on_ray import train_packs
+
+                placement = self.cluster.trials()
+                what = f"train nulls{' on shuffled rows' if trial.shuffled else ''}"
+                start = perf_counter()
+                train_packs(what, trial, packs, placement, self.config.cluster.max_restarts)
+                at_once = min(placement.workers, len(packs))
+                held = _held(placement.cpus * at_once, placement.gpus * at_once)(perf_counter() - start)
+                spent.update({key: spent[key] + value for key, value in held.items()})
+                spent["tokens"] += trial.recipe.steps * trial.recipe.batch_size * sum(map(len, packs.values()))
+
+            beside, losses = nulls.peers(saes.path), self._losses(Store(store.path))
+            trial = self._trial(path, store, tokens)
+            made = nulls.build(path, kinds, beside, trial, losses, self.config.seed, train)
+            for name in (name for name, found in made.items() if not found["made"]):
+                say(f"nulls: the training of {name} diverged; it is left out")
+            return {"nulls": made, "cost": spent}
+
+        inputs = {"sweep": saes.path.name, "store": store.path.name, "kinds": list(kinds), "seed": self.config.seed}
+        return self._stage("nulls", inputs, build)
+
+    def _untrained_model(self, saes: Stage, tokens: Stage, model: str) -> Controls:
+        """SAEs of the model with random weights: its own store, its own nulls, measured on its own activations."""
+        m = self.config.model
+
+        def build(path: Path) -> Mapping[str, Any]:
+            save_with_random_weights(model, path, self.config.seed, self._revision(model), m.trust_remote_code)
+            return {"of": model}
+
+        inputs = {"model": {k: v for k, v in self._fingerprint(model).items() if k != "name"}, "seed": self.config.seed}
+        null_model = str(self._stage("null_model", inputs, build).path)
+        store = self.store(tokens, null_model)
+        nulls = self.nulls([ELSEWHERE], saes, store, tokens)
+        return Controls(nulls, store, self.evaluation("validation", None, store, tokens, null_model, nulls))
+
     def evaluation(
-        self, split: str, saes: Stage, store: Stage, tokens: Stage, model: str, only: str | None = None
-    ) -> Stage:
-        """Measurements on a split of every SAE and an untrained control per architecture, or of one SAE: `metrics.json`."""
+        self, split: str, saes: Stage | None, store: Stage, tokens: Stage, model: str, nulls: Stage | None = None,
+        only: str | None = None,
+    ) -> Stage:  # fmt: skip
+        """Measurements on a split of every SAE and null, of one SAE, or of nulls alone (rows only): `metrics.json`."""
         e = self.config.evaluation
         blocks = [block for block in tokens.manifest["blocks"] if block["split"] == split]
 
@@ -302,12 +349,11 @@ class Flow:
             from raysae.evaluate import fidelity
 
             opened = Store(store.path)
-            wanted = self._to_measure(path, saes, opened, only)
             placement = self.cluster.capture(len(blocks))
-            fraction = min(1.0, e.max_tokens / max(sum(block["rows"] for block in blocks), 1))
+            fraction = min(1.0, e.max_tokens / max(sum(block["rows"] for block in blocks), 1)) if saes else 0.0
             metrics: dict[str, Any] = {}
             seconds = 0.0
-            for site, members in wanted.items():
+            for site, members in _to_measure(saes, nulls, only).items():
                 root = path / site
                 task = fidelity.Measurement(
                     store.path, site, tuple(members), root, self.config.capture.tokens_per_forward, fraction
@@ -322,29 +368,77 @@ class Flow:
             return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **held(seconds)}}
 
         inputs = {
-            "sweep": saes.path.name,
+            "sweep": saes.path.name if saes else None,
+            "nulls": nulls.path.name if nulls else None,
             "split": split,
             "only": only,
-            "evaluation": e.model_dump(mode="json"),
+            "evaluation": e.model_dump(mode="json", exclude={"nulls"}),
             "seed": self.config.seed,
         }
         return self._stage("evaluation", inputs, build)
 
+    def probes(
+        self, sae_id: str, site: str, saes: Stage, records: Stage, store: Stage, other: Controls | None
+    ) -> Stage:
+        """What can be read from an SAE's latents: `probes.parquet`, `probes.json`; other: SAEs of the untrained model."""
+        p = self.config.probes
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.evaluate import probes
+
+            subject = probes.subject(store.path, site, saes.path / "saes" / sae_id)
+            there = None
+            if other is not None:
+                null = beside(other.nulls.manifest["nulls"], ELSEWHERE, site, subject.sae.config.architecture)
+                there = probes.subject(other.store.path, site, other.nulls.path / "saes" / null) if null else None
+            settings = probes.Settings(**p.model_dump(exclude={"labels"}), seed=self.config.seed)
+            problems = read_records(records.path / "records.parquet")
+            table, found = probes.probe(subject, problems, p.labels, settings, there)
+            probes.write(path, table, found, settings, sae_id=sae_id, site=site)
+            return {"sae_id": sae_id, "labels": list(p.labels)}
+
+        inputs = {
+            "sweep": saes.path.name,
+            "sae": sae_id,
+            "records": records.path.name,
+            "store": store.path.name,
+            "nulls": other.nulls.path.name if other else None,
+            "probes": p.model_dump(mode="json"),
+            "seed": self.config.seed,
+        }
+        with _in_section("probes", type(p).model_fields):
+            return self._stage("probes", inputs, build)
+
+    def _check_labels(self, records: Stage) -> None:
+        """Refuse labels that no problem has before anything is captured."""
+        p = self.config.probes
+        if p.labels:
+            from raysae.evaluate import probes
+
+            problems = [q for q in read_records(records.path / "records.parquet") if q.split == p.split]
+            with _in_section("probes", type(p).model_fields):
+                probes.check_labels(problems, p.labels, p.split, p.folds)
+
     # ------------------------------------------------------------------------------------------------------------------
     # The run's directory
 
-    def _finish(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Run:
+    def _finish(
+        self, saes: Stage, validation: Stage, controlled: Sequence[Controls], records: Stage, store: Stage, tokens: Stage,
+        model: str,
+    ) -> Run:  # fmt: skip
         """Choose, measure the choice once on test, and write the run's directory; decision.json makes it a run."""
         metrics = validation.manifest["metrics"]
         table = pd.read_parquet(saes.path / "table.parquet")
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
         table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
-        controls = {
-            i: {**m, **_control_shape(i, store), "dead_fraction": m["never_fired_fraction"]}
-            for i, m in metrics.items()
-            if i.startswith("control-")
-        }
+        nulls, controls = {}, {}
+        for made, read, seen in controlled:
+            for name, found in made.manifest["nulls"].items():
+                nulls[name] = {**found, "store": read.path.name}
+                if found["made"]:
+                    m = seen.manifest["metrics"][name]
+                    controls[name] = {**m, **found, "dead_fraction": m["never_fired_fraction"]}
         choice = choose(table, self.gate, controls, self.waiver)
         table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
         table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))
@@ -355,6 +449,10 @@ class Flow:
             kept = row[["site", "d_sae", "expansion_factor", "dead_fraction"]]
             test = {**kept, **tested.manifest["metrics"][choice.chosen]}
         decision = decide(self.gate, str(self.config.gate), choice, controls, test, self.waiver, self.basis)
+        probed, shown = None, choice.chosen or choice.closest
+        if self.config.probes.labels and shown is not None:
+            site = str(table.set_index("sae_id").at[shown, "site"])
+            probed = self.probes(shown, site, saes, records, store, controlled[1] if len(controlled) > 1 else None)
 
         directory = self.directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -368,9 +466,16 @@ class Flow:
         for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
             link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
             write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
+        for made, _, _ in controlled:
+            if (made.path / "saes").is_dir():
+                link_or_copy(made.path / "saes", directory / "nulls")
+        if probed is not None:
+            for name in ("probes.parquet", "probes.json"):
+                link_or_copy(probed.path / name, directory / "probes" / name)
         (directory / "tune").unlink(missing_ok=True)
         (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
         write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
+        write_json(directory / "nulls.json", nulls)
         write_json(directory / "ledger.json", self._ledger())
         write_json(directory / "decision.json", decision)
         write_report(directory)
@@ -430,13 +535,11 @@ class Flow:
     def _map_blocks(
         self, what: str, blocks: list, tokens: Path, root: Path, model: str, work: Any, placement: Placement
     ) -> float:
-        from time import perf_counter
-
         from raysae.activations.on_ray import map_blocks
 
         m = self.config.model
         loading = {
-            "name": model, "revision": m.revision, "dtype": m.dtype, "trust_remote_code": m.trust_remote_code
+            "name": model, "revision": self._revision(model), "dtype": m.dtype, "trust_remote_code": m.trust_remote_code
         }  # fmt: skip
         start = perf_counter()
         map_blocks(what, blocks, tokens, root, loading, work, placement, self.config.cluster.max_restarts)
@@ -445,12 +548,16 @@ class Flow:
     def _fingerprint(self, model: str) -> dict[str, str | None]:
         if model not in self._fingerprints:
             m = self.config.model
-            self._fingerprints[model] = fingerprint_of(model, m.revision, m.trust_remote_code)
+            self._fingerprints[model] = fingerprint_of(model, self._revision(model), m.trust_remote_code)
         return self._fingerprints[model]
+
+    def _revision(self, model: str) -> str | None:
+        """The config's, which is of its own model; models that a stage made are folders."""
+        return self.config.model.revision if model == self.config.model.name else None
 
     def _facts(self, model: str) -> ModelFacts:
         m = self.config.model
-        facts = model_facts(model, m.revision, m.trust_remote_code)
+        facts = model_facts(model, self._revision(model), m.trust_remote_code)
         self._context_length(facts.context_length)
         return facts
 
@@ -495,27 +602,42 @@ class Flow:
             "raysae_store": store.path.name,
         }
 
-    def _to_measure(self, path: Path, saes: Stage, store: Any, only: str | None) -> dict[str, list[tuple[str, Path]]]:
-        """SAEs to measure by site: one, or all finished ones and an untrained one of each architecture as control."""
-        table = pd.read_parquet(saes.path / "table.parquet")
-        table = table[table["status"] == "completed"]
-        if only is not None:
-            table = table[table["sae_id"] == only]
-        wanted: dict[str, list[tuple[str, Path]]] = {}
-        for row in table.itertuples():
-            wanted.setdefault(str(row.site), []).append((str(row.sae_id), saes.path / "saes" / str(row.sae_id)))
-        if only is None:
-            for (site, architecture), rows in table.groupby(["site", "architecture"]):
-                d_sae = int(rows["d_sae"].max())
-                name = f"control-untrained-{architecture}-{d_sae}-{site}"
-                knob = COEFFICIENT[str(architecture)]
-                typical = rows[knob].median()
-                options: dict[str, Any] = {knob: int(typical) if knob == "k" else float(typical)}
-                config = SAEConfig(str(architecture), store.d_model(site), d_sae, seed=self.config.seed, **options)
-                scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
-                formats.save(untrained(config, scale), path / "controls" / name)
-                wanted[str(site)].append((name, path / "controls" / name))
-        return wanted
+    # What trials of the sweep and of the nulls share
+
+    def _recipe(self) -> Recipe:
+        t = self.config.training
+        return recipe(
+            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.sparsity_warmup_fraction, t.dead_after_tokens,
+            t.resample_at, t.precision,
+        )  # fmt: skip
+
+    def _losses(self, store: Any) -> Losses:
+        given, label = self.config.training.losses, self._label
+        classes = store.label_count("train", label) if label else 0
+        return Losses(**given.model_dump(exclude={"probe_label"}), probe_classes=classes)
+
+    @property
+    def _label(self) -> str | None:
+        """Row column that the probe among the losses reads."""
+        losses = self.config.training.losses
+        return losses.probe_label if losses.probe > 0 else None
+
+    def _trial(self, root: Path, store: Stage, tokens: Stage) -> Any:
+        """How every SAE that reads `store` is trained, with its files below `root`."""
+        from raysae.sweep.trial import Start, Trial
+
+        t = self.config.training
+        return Trial(
+            store.path,
+            self._recipe(),
+            t.rungs,
+            self.config.seed,
+            root,
+            self._saelens_metadata(store, tokens.manifest["context_length"]),
+            Start(t.b_dec, t.initialisation == "rows"),
+            self._label,
+            t.losses.temporal > 0,
+        )
 
 
 class _CaptureWork:
@@ -538,14 +660,29 @@ def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _control_shape(sae_id: str, store: Stage) -> dict[str, Any]:
-    """Site, d_sae and expansion factor of `control-untrained-<architecture>-<d_sae>-<site>`."""
-    d_sae, site = sae_id.split("-", 4)[3:]
-    return {
-        "site": site,
-        "d_sae": int(d_sae),
-        "expansion_factor": int(d_sae) / store.manifest["sites"][site]["d_model"],
-    }
+def _to_measure(saes: Stage | None, nulls: Stage | None, only: str | None) -> dict[str, list[tuple[str, Path]]]:
+    """(id, directory) of the SAEs to measure by site: one of a sweep, or all that finished, and the nulls."""
+    wanted: dict[str, list[tuple[str, Path]]] = {}
+    if saes is not None:
+        table = pd.read_parquet(saes.path / "table.parquet")
+        table = table[table["status"] == "completed"]
+        for row in (table if only is None else table[table["sae_id"] == only]).itertuples():
+            wanted.setdefault(str(row.site), []).append((str(row.sae_id), saes.path / "saes" / str(row.sae_id)))
+    if nulls is not None:
+        for name, found in nulls.manifest["nulls"].items():
+            if found["made"]:
+                wanted.setdefault(found["site"], []).append((name, nulls.path / "saes" / name))
+    return wanted
+
+
+@contextmanager
+def _in_section(section: str, fields: Iterable[str]) -> Iterator[None]:
+    """A mistake in one of these fields is named with its section: `labels: ...` becomes `probes.labels: ...`."""
+    try:
+        yield
+    except UserError as error:
+        inside = str(error).partition(":")[0] in fields
+        raise UserError(f"{section}.{error}" if inside else str(error)) from None
 
 
 def _coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], dict[str, Sequence[float]]]:

@@ -10,8 +10,11 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from raysae.activations.store import Store
 from raysae.artifacts import read_json
 from raysae.errors import UserError
+from raysae.evaluate.nulls import ELSEWHERE, beside
+from raysae.evaluate.probes import Subject, subject
 from raysae.sae import formats
 from raysae.sae.sae import SAE
 
@@ -85,12 +88,35 @@ class Run:
         return str(self.table.set_index("sae_id").at[sae_id, "site"])
 
     def stage(self, name: str) -> Path:
-        """Directory of the run's last stage of this name (records, tokens, store, ...); UserError where it is gone."""
-        directory = [s["directory"] for s in self.ledger["stages"] if s["stage"] == name][-1]
+        """Directory of the run's first stage of this name (records, tokens, store, ...), which is of its own model;
+        UserError where it is gone."""
+        return self.stage_directory(next(s["directory"] for s in self.ledger["stages"] if s["stage"] == name))
+
+    def stage_directory(self, directory: str) -> Path:
+        """A stage's directory, by its own name; UserError where it is gone."""
         path = self.path.resolve().parent / "stages" / directory
         if not path.is_dir():
             raise UserError(f"run: {self.path} needs its stage {path}, which is not there; run the sweep again")
         return path
+
+    @cached_property
+    def nulls(self) -> dict[str, dict[str, Any]]:
+        """Kind, site, architecture, compared SAE and store of each null by id; the SAEs lie in `nulls/<id>/`."""
+        return read_json(self.path / "nulls.json") if (self.path / "nulls.json").is_file() else {}
+
+    def subject(self, sae_id: str | None = None) -> Subject:
+        """An SAE, the best if none is named, with the store and site that it reads."""
+        sae = self.sae(sae_id or self.best)  # first: it knows the names
+        return Subject(Store(self.stage("store")), self.site(str(sae_id or self.best)), sae)
+
+    def untrained_model(self, sae_id: str) -> Subject | None:
+        """The null beside an SAE that was trained on the model with random weights; None if it was not measured."""
+        row = self.table.set_index("sae_id").loc[sae_id]
+        name = beside(self.nulls, ELSEWHERE, str(row["site"]), str(row.get("architecture")))
+        if name is None:
+            return None
+        store = self.stage_directory(self.nulls[name]["store"])
+        return subject(store, str(row["site"]), self.path / "nulls" / name)
 
     @property
     def figures(self) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from raysae.cluster import output_root
-from raysae.config import Section, SweepJob, dump_yaml, load_config, validate
+from raysae.config import NULLS, ProbeJob, Section, SweepJob, dump_yaml, load_config, validate
 from raysae.errors import UserError
 from raysae.sae.architectures import ARCHITECTURES, initial_parameters
 from raysae.sweep.space import Common, members, proposals
@@ -259,3 +259,25 @@ def test_the_position_sae_has_the_parameters_of_the_study_and_its_l1_is_converte
     p = initial_parameters(member.config, torch.zeros(2048))
     assert sum(p[name].numel() for name in ARCHITECTURES["relu"].trained) == 8_392_704
     assert member.config.l1_coefficient == pytest.approx(5e-4 * 2048**0.5)
+
+
+def test_nulls_are_kinds_in_one_order_and_all_is_every_kind():
+    def nulls(given):
+        return load_config(SweepJob, ["--evaluation.nulls", given]).evaluation.nulls
+
+    assert load_config(SweepJob, []).evaluation.nulls == ("untrained",)
+    assert nulls("all") == nulls("pca,all") == NULLS
+    assert nulls("[pca,untrained,pca]") == ("untrained", "pca")
+    for given, words in (("pcb", "evaluation.nulls.0: 'pcb' is not allowed"), ("[]", "evaluation.nulls")):
+        with pytest.raises(UserError, match=words):
+            nulls(given)
+
+
+def test_probes_in_the_sweep_have_the_fields_of_the_job_and_are_off():
+    here, there = SweepJob.model_fields["probes"].annotation.model_fields, ProbeJob.model_fields
+    assert set(here) == set(there) - {"run", "sae", "untrained", "seed"}
+    assert all(here[name].default == there[name].default for name in here if name != "labels")
+    assert SweepJob().probes.labels == () and len(load_config(ProbeJob, ["r"]).labels) == 5
+    assert load_config(SweepJob, ["--probes.labels", "step,answer"]).probes.labels == ("step", "answer")
+    with pytest.raises(UserError, match=r"probes.labels.0: 'colour' is not allowed; input should be 'step'"):
+        load_config(SweepJob, ["--probes.labels", "colour"])

@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import sae_hashes, small_job, small_values, stage_of, write_config
+from small import GATE, sae_hashes, small_job, small_values, stage_of, write_config
 
 import raysae
 from raysae.activations.store import Store
+from raysae.config import NULLS
 from raysae.errors import UserError
+from raysae.sae import formats
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,6 +206,71 @@ def test_several_sites_come_from_one_capture(ray_cluster, arithmetic_model, tmp_
     assert sorted(two.table["d_in"]) == [32, 128]
 
 
+@pytest.fixture(scope="module")
+def nulls_job(arithmetic_model, tmp_path_factory) -> raysae.SweepJob:
+    """Every null and a probe beside two SAEs. Seed 1: the fixture's model is what random weights of seed 0 are."""
+    return small_job(
+        arithmetic_model,
+        tmp_path_factory.mktemp("nulls"),
+        seed=1,
+        sweep={"expansion_factors": [2], "k": [3]},
+        training={"tokens": 10_000, "rungs": 2},
+        evaluation={"nulls": ["all"], "bootstrap": 50},
+        probes={"labels": ["operation"], "ks": [1], "rows": 400, "bootstrap": 20},
+    )
+
+
+@pytest.fixture(scope="module")
+def controlled(ray_cluster, nulls_job) -> raysae.Run:
+    return raysae.sweep(nulls_job)
+
+
+def test_every_null_is_measured_and_judged_beside_its_sae(controlled):
+    controls = controlled.decision["controls"]
+    assert sorted(controls) == sorted(controlled.nulls) and len(controls) == 2 * len(NULLS)
+    table = controlled.table.set_index("sae_id")
+    for name, control in controls.items():
+        m = control["metrics"]
+        kind, architecture, _, site = name.removeprefix("control-").split("-", 3)
+        assert not control["passes_gate"] and m["fvu_low"] <= m["fvu"] <= m["fvu_high"] and m["fvu"] < 5
+        assert (m["kind"], m["architecture"], m["site"]) == (kind, architecture, site)
+        assert table.at[m["compared"], "architecture"] == architecture
+        assert formats.load(controlled.path / "nulls" / name).config.d_sae == m["d_sae"]
+        assert (m["ce_loss_recovered"] is None or np.isnan(m["ce_loss_recovered"])) == (kind == "untrained_model")
+        if kind == "permuted" or (kind in ("pca", "ica") and architecture == "topk"):
+            assert m["l0"] == pytest.approx(table.at[m["compared"], "l0"], abs=1e-6)
+    assert all(kind in controlled.report.read_text() for kind in ("PCA", "decoder rows permuted", "random weights"))
+
+
+def test_the_untrained_model_s_sae_reads_that_model_and_becomes_the_probes_baseline(controlled):
+    store, other = controlled.subject().store, controlled.untrained_model(controlled.best).store
+    assert controlled.stage("store") == store.path != other.path
+    assert store.manifest["model"]["weights"] != other.manifest["model"]["weights"]
+    assert [shard.rows for shard in store.shards] == [shard.rows for shard in other.shards]
+    name = next(
+        n for n, f in controlled.nulls.items() if f["kind"] == "untrained_model" and f["architecture"] == "relu"
+    )
+    measured = controlled.decision["controls"][name]["metrics"]
+    x = other.head(other.sites[0], "validation", 10**9).double()
+    error = (x - formats.load(controlled.path / "nulls" / name)(x.float()).double()).square().sum()
+    assert measured["fvu"] == pytest.approx((error / (x - x.mean(0)).square().sum()).item(), rel=1e-6)
+
+    table = pd.read_parquet(controlled.path / "probes" / "probes.parquet")
+    assert set(table["input"]) >= {"sae", "raw", "untrained_model"} and set(table["status"]) == {"measured"}
+    assert json.loads((controlled.path / "probes" / "probes.json").read_text())["sae_id"] == controlled.best
+    assert 'id="probes"' in controlled.report.read_text()
+
+
+def test_other_nulls_train_no_sae_again_and_a_second_run_makes_none(controlled, nulls_job, tmp_path):
+    again = job("--config", str(write_config(tmp_path / "c.yaml", nulls_job.model_dump(mode="json"))))
+    assert again.returncode == 0 and "Ray:" not in again.stdout, again.stderr
+    fewer = nulls_job.model_copy(update={"evaluation": nulls_job.evaluation.model_copy(update={"nulls": ("pca",)})})
+    run = raysae.sweep(fewer.model_copy(update={"probes": raysae.config.ProbesConfig()}))
+    assert run.path != controlled.path and sae_hashes(run.path) == sae_hashes(controlled.path)
+    assert {c["metrics"]["kind"] for c in run.decision["controls"].values()} == {"pca"}
+    assert not (run.path / "probes").exists() and 'id="probes"' not in run.report.read_text()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Mistakes: one clear line, nothing half-written
 
@@ -213,6 +280,10 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
     bad.write_text('{"question": "q", "answer": "a\\n#### 1"}\n{"question": 3}\n')
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
+    prose = tmp_path / "prose.txt"
+    prose.write_text("\n\n".join(f"number {n} and some words" for n in range(8)))
+    unmeasured = tmp_path / "unmeasured.yaml"
+    unmeasured.write_text(GATE.read_text() + "    must_beat: pca\n")
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text('{"model_type": "gpt2"}')
@@ -230,12 +301,17 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "architecture": ({"sweep": {"architectures": ["linear"]}}, "sweep.architectures: 'linear' is not allowed"),
         "batch": ({"training": {"batch_size": 0}}, "training.batch_size"),
         "gate": ({"gate": str(tmp_path / "no.yaml")}, "gate"),
+        "null": ({"gate": str(unmeasured)}, "evaluation.nulls: untrained lacks pca"),
+        "labels": (
+            {"data": {"source": "text", "path": str(prose)}, "probes": {"labels": ["operation"]}},
+            "probes.labels: none",
+        ),
     }
 
 
 @pytest.mark.parametrize("name", [
     "missing file", "malformed row", "empty", "unknown site", "context", "pickle", "gpus", "expansion", "l1", "batch",
-    "gate", "architecture",
+    "gate", "architecture", "null", "labels",
 ])  # fmt: skip
 def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
     changes, named = mistakes(tmp_path)[name]
@@ -245,7 +321,8 @@ def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
     assert named in str(caught.value) and "\n" not in str(caught.value)
     assert not list(output.glob("*/config.yaml"))
     if name != "gpus":  # which is known once the cluster is there
-        assert [path for path in output.glob("stages/*") if path.name != ".locks"] == []
+        made = {path.name.split("-")[0] for path in output.glob("stages/*")} - {".locks"}
+        assert made == ({"records"} if name == "labels" else set())
 
 
 def test_a_mistake_exits_with_2_and_prints_one_line(tmp_path):

@@ -10,7 +10,7 @@ raw             the activations that the SAE reads
 sae             its latents
 shuffled        its latents with the labels of other parts (examples, for a label of whole examples); mean of 5 shuffles
 random_sae      latents of the SAE as it was before training, from another seed
-untrained_model latents of an SAE of an untrained model, on the same tokens; where such a run is given
+untrained_model latents of an SAE of an untrained model, on the same tokens; where that null was measured, or a run is given
 
 Scores: macro-F1, balanced accuracy (chance is 1 / classes), AUROC (one against the rest, mean over classes and folds),
 each with a percentile interval over groups; selectivity = macro-F1 - that with shuffled labels (Hewitt & Liang 2019).
@@ -31,19 +31,20 @@ from scipy import sparse, stats
 
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic, write_json
-from raysae.data.labels import label_rows
+from raysae.data.labels import label_rows, part_labels
 from raysae.data.records import Problem
 from raysae.data.splits import near_duplicate_groups
 from raysae.errors import UserError
 from raysae.evaluate.linear import Fit, Scored, Settings, cross_validate, group_folds, macro_f1, majority, recall, score
 from raysae.evaluate.statistics import cohens_d, group_weights, interval, largest_d_null, paired_permutation
 from raysae.progress import Progress
+from raysae.sae.formats import load
 from raysae.sae.sae import SAE
 from raysae.sae.train import InputScale, untrained
 
 ROWS_AT_ONCE = 4096
 SCORES = ("macro_f1", "balanced_accuracy", "auroc")
-NOT_GIVEN = "not measured: give --untrained, a run on an untrained model"
+NOT_GIVEN = "not measured: add untrained_model to evaluation.nulls, or give --untrained, a run on an untrained model"
 CONTROL_ABOVE_CHANCE = 0.05
 """Balanced accuracy above chance from which shuffled labels that can be predicted mean a leak."""
 INFORMATION_GAP = 0.05
@@ -61,6 +62,11 @@ class Subject(NamedTuple):
     store: Store
     site: str
     sae: SAE
+
+
+def subject(store: Path, site: str, sae: Path) -> Subject:
+    """The subject in these directories."""
+    return Subject(Store(store), site, load(sae))
 
 
 def probe(
@@ -103,13 +109,28 @@ def probe(
                 facts[label] |= found
             progress.advance(1, label)
     if not any("gaps" in found for found in facts.values()):
-        raise UserError(
-            f"labels: none of {', '.join(labels)} has two classes with {2 * settings.folds} groups each in the "
-            f"{settings.split} split; probe a run on problems with worked lines, or another split"
-        )
+        raise _nothing_to_probe(labels, settings.split, settings.folds)
     _adjust(facts)
     table = pd.concat(tables, ignore_index=True)
     return table[["label", *(column for column in table if column != "label")]], facts
+
+
+def check_labels(problems: Sequence[Problem], labels: Sequence[str], split: str, folds: int) -> None:
+    """UserError where `problems`, those of the split, leave nothing to probe, as `probe` would find after a training."""
+    parts = part_labels(problems)
+    parts["group"] = parts["example_id"].map({p.example_id: p.group for p in problems})
+    for label in labels:
+        groups = parts.dropna(subset=[f"label_{label}"]).groupby(f"label_{label}")["group"].nunique()
+        if (groups >= 2 * folds).sum() > 1:
+            return
+    raise _nothing_to_probe(labels, split, folds)
+
+
+def _nothing_to_probe(labels: Sequence[str], split: str, folds: int) -> UserError:
+    return UserError(
+        f"labels: none of {', '.join(labels)} has two classes with {2 * folds} groups each in the {split} split; probe a "
+        "run on problems with worked lines, or another split"
+    )
 
 
 def write(directory: Path, table: pd.DataFrame, facts: dict[str, Any], settings: Settings, **about: Any) -> None:

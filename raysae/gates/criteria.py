@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from raysae.config import Section, read_yaml, validate
+from raysae.config import NULLS, Section, read_yaml, validate
 from raysae.errors import UserError
+from raysae.evaluate.nulls import ELSEWHERE
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 METRICS = (
@@ -21,6 +22,9 @@ METRICS = (
     "d_sae", "expansion_factor", "n_rows", "n_scored_tokens",
 )  # fmt: skip
 SPARSITY = ("l0", "l0_fraction")
+CODES = ("pca", "ica", "shuffled_rows", "untrained_model")
+"""Kinds of null that may be good codes, so that one is beaten only at an L0 that is no lower than the SAE's (to 5 %)."""
+OF_THE_MODEL = ("ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "n_scored_tokens")
 MOST_ACTIVE = 0.5
 """An SAE that fires more than this share of its latents on a token is dense: it meets no upper bound on L0, however lax."""
 
@@ -39,7 +43,8 @@ class Criterion(Section):
     confidence: Literal["point", "interval"] = "point"
     """What must stand so: the value, or every point of its interval (of `evaluation.confidence`, 95% by default)."""
     must_beat: Annotated[str, Field(min_length=1)] | None = None
-    """Kind of control, such as `untrained`, each of which at its site an SAE must also beat in this metric."""
+    """Kind of null (`evaluation.nulls`), such as `untrained`, each of which at its site an SAE must also beat in this
+    metric; of kinds that are codes in their own right, such as `pca`, the sparsest that is no sparser than it."""
     mandatory: bool = True
     """Whether missing it stops the phase; others are reported only."""
     why: str
@@ -142,6 +147,29 @@ def load_gate(path: Path) -> Gate:
     return gate
 
 
+def check_must_beat(gate: Gate, nulls: Collection[str], path: Path) -> None:
+    """UserError for a `must_beat` that could never hold: of a kind that is not measured, or not in this metric."""
+    for c in gate.criteria:
+        if c.must_beat is None:
+            continue
+        asked = f"criterion {c.criterion!r} has must_beat {c.must_beat}"
+        if c.must_beat not in nulls:
+            known = c.must_beat in NULLS
+            mend = "add it" if known else f"must_beat must be one of {', '.join(NULLS)}"
+            raise UserError(
+                f"evaluation.nulls: {', '.join(nulls)} lacks {c.must_beat}, but {asked}; {mend} (in {path})"
+            )
+        if c.must_beat == ELSEWHERE and c.metric in OF_THE_MODEL:
+            raise UserError(
+                f"must_beat: {asked}, whose {c.metric} is not measured: its model predicts nothing (in {path})"
+            )
+
+
+def kind_of(control: str) -> str:
+    """The kind of `control-<kind>-<architecture>-<d_sae>-<site>`."""
+    return control.split("-", 2)[1] if control.count("-") > 1 else ""
+
+
 def bounds_l0(gate: Gate, waived: Collection[str] = ()) -> bool:
     """Whether a mandatory criterion that is not waived bounds L0 from above."""
     return any(c.mandatory and c.metric in SPARSITY and c.below and c.criterion not in waived for c in gate.criteria)
@@ -162,11 +190,7 @@ def apply(
     verdicts = []
     for c in gate.criteria:
         found = measured(metrics, c.metric)
-        rivals = {
-            name: measured(control, c.metric)
-            for name, control in (controls or {}).items()
-            if name.startswith(f"control-{c.must_beat}-") and control.get("site") == metrics.get("site")
-        }
+        rivals = {name: measured(control, c.metric) for name, control in _rivals(c, metrics, controls or {}).items()}
         reasons = [r for r in (_misses_bound(c, found), _is_dense(c, metrics), _misses_controls(c, found, rivals)) if r]
         baselines = [rival.value for rival in rivals.values()]
         verdicts.append(
@@ -181,6 +205,21 @@ def apply(
             )
         )
     return verdicts
+
+
+def _rivals(
+    c: Criterion, metrics: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Mapping[str, Any]]:
+    """The controls that `must_beat` is about: of its kind and site; of CODES the sparsest that is as dense as the SAE.
+
+    A code with more latents on is nearer to the activations, so to beat one that is denser is to beat one at equal L0.
+    """
+    found = {i: m for i, m in controls.items() if kind_of(i) == c.must_beat and m.get("site") == metrics.get("site")}
+    if c.must_beat not in CODES:
+        return found
+    dense = {i: m for i, m in found.items() if _number(m, "l0") >= 0.95 * _number(metrics, "l0")}
+    sparsest = min((_number(m, "l0") for m in dense.values()), default=math.nan)
+    return {i: m for i, m in dense.items() if _number(m, "l0") == sparsest}
 
 
 def measured(metrics: Mapping[str, Any], metric: str) -> Measured:
@@ -218,7 +257,8 @@ def _misses_controls(c: Criterion, found: Measured, rivals: Mapping[str, Measure
     if c.must_beat is None:
         return ""
     if not rivals:
-        return f"{c.metric} must beat that of an SAE of kind {c.must_beat}, but no such control was measured"
+        at_l0 = " at its L0 or above" if c.must_beat in CODES else ""
+        return f"{c.metric} must beat that of an SAE of kind {c.must_beat}, but no such control was measured{at_l0}"
     for name, rival in rivals.items():
         by_interval = all(math.isfinite(end) for end in (*found, *rival))
         mine, theirs = found.value, rival.value

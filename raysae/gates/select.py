@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.gates.criteria import Gate, Verdict, apply, passes
+from raysae.evaluate.nulls import ELSEWHERE
+from raysae.gates.criteria import Gate, Verdict, apply, kind_of, passes
 from raysae.gates.waivers import Waiver
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -143,14 +144,21 @@ def decide(
 ) -> dict[str, Any]:
     """The content of decision.json.
 
-    controls: metrics of untrained SAEs; a gate that lets one pass cannot tell a good SAE and decides nothing. test: the
-    chosen SAE's metrics on the test split. basis: the earlier run that this one builds on, as `read_basis` gives it.
+    controls: metrics of the nulls by id. A gate that lets one pass cannot tell an SAE from it and decides nothing. That
+    holds for PCA and ICA too, which may be good codes: a gate that they pass has not shown what the SAE is for, and one in
+    which a mandatory criterion says `must_beat: pca` they cannot pass. SAEs of an untrained model are the exception: they
+    were measured on other activations, perhaps easier ones, so that they pass says nothing against the SAE, only what the
+    gate does not show; the reason then says so.
+
+    test: the chosen SAE's metrics on the test split. basis: the earlier run that this one builds on, as `read_basis` gives
+    it.
     """
     waived = waiver.criteria if waiver else ()
     controls_seen = {
         i: {"metrics": dict(m), "passes_gate": passes(apply(gate, m, controls, waived))} for i, m in controls.items()
     }
-    void = [i for i, seen in controls_seen.items() if seen["passes_gate"]]
+    passing = [i for i, seen in controls_seen.items() if seen["passes_gate"]]
+    void = [i for i in passing if kind_of(i) != ELSEWHERE]
     on_test = apply(gate, test, controls, waived) if test is not None else []
     shown = choice.chosen or choice.closest
     if choice.chosen is None:
@@ -158,7 +166,8 @@ def decide(
         missed = "; ".join(_missed(choice.verdicts[shown])) if shown else ""
         reason += f"Closest is {shown}: {missed}." if shown else "None finished its training."
     elif void:
-        reason = f"The gate is void: the untrained SAE {void[0]} passes it. Tighten {gate_path}."
+        beat = f", or ask it to be beaten (must_beat: {kind_of(void[0])})" if kind_of(void[0]) else ""
+        reason = f"The gate is void: the null {void[0]} passes it. Tighten {gate_path}{beat}."
     elif test is None:
         reason = f"{choice.chosen} passes on the validation split but was not measured on the test split."
     elif not passes(on_test):
@@ -170,6 +179,8 @@ def decide(
             f"{choice.chosen} meets every mandatory criterion{' that is not waived' if spared else ''} on the validation "
             "split and on the untouched test split."
         )
+    for name in (i for i in passing if i not in void):
+        reason += f" {name} passes the gate as well: nothing in it depends on what the model has learnt."
     go = choice.chosen is not None and not void and test is not None and passes(on_test)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {

@@ -116,6 +116,20 @@ def fingerprint_of(name: str, revision: str | None = None, trust_remote_code: bo
     return _fingerprint(name, commit, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type], weights)
 
 
+def save_with_random_weights(
+    name: str, path: Path, seed: int, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Write to `path` the model `name` as it was before its first step: its own config, weights drawn from `seed`.
+
+    The draw is the architecture's own initialisation (transformers' `from_config`), in float32 on the CPU.
+    """
+    config = _load_config(name, _resolve(name, revision), trust_remote_code)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.save_pretrained(path)
+
+
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The fast tokenizer of `name`, a hub name or local folder; UserError naming `model.tokenizer` if there is none.
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from raysae.artifacts import read_json, write_atomic
 from raysae.errors import UserError
 from raysae.gates.waivers import in_words
-from raysae.report import figures
+from raysae.report import figures, nulls, probes
 from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -71,7 +71,10 @@ def write_report(run_dir: Path) -> Path:
         facts=facts(table, config, store),
         key=key_numbers(table, decision),
         criteria=criteria(decision),
-        control_metrics=KEY_METRICS[:4],
+        null_groups=nulls.groups(decision, table),
+        null_metrics=nulls.METRICS,
+        probed=probes.read(run_dir),
+        probe_scores=probes.SCORES.values(),
         figures=drawn,
         off_scale=figures.off_scale(table),
         columns=[column for column in COLUMNS if table[column.name].notna().any()],

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import optuna
+import ray
 import torch
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, CLIReporter, FailureConfig, RunConfig, TuneConfig, Tuner
@@ -296,6 +297,31 @@ def run_sweep(
             for member in (result.config or {}).get("members", []):
                 errors[member["sae_id"]] = {**member["config"], "site": result.config["site"], "message": message}
     return errors
+
+
+def train_whole(trial: Trial, site: str, pack: Sequence[Member], threads: int = 1) -> None:
+    """Train a pack to its end, none of it stopped early; in halves where it does not fit the device."""
+    torch.set_num_threads(threads)
+    try:
+        train_pack(trial, site, pack, lambda rung: [], device=device())
+    except torch.OutOfMemoryError:
+        if len(pack) == 1:
+            raise
+        for half in (pack[: len(pack) // 2], pack[len(pack) // 2 :]):
+            train_whole(trial, site, half, threads)
+
+
+def train_packs(
+    what: str, trial: Trial, packs: Mapping[str, Sequence[Member]], placement: Placement, max_restarts: int
+) -> None:
+    """Train one pack per site side by side, placed as trials are, outside Tune: nothing is searched or pruned."""
+    task = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=max_restarts)(train_whole)
+    running = {task.remote(trial, site, pack, placement.threads): len(pack) for site, pack in packs.items()}
+    with Progress(what, sum(running.values()), "SAE") as progress:
+        while running:
+            (done,), _ = ray.wait(list(running))
+            ray.get(done)
+            progress.advance(running.pop(done))
 
 
 def _wandb(project: str, root: Path) -> Callback:

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from raysae.activations.store import Store
@@ -63,6 +64,8 @@ class Trial:
     """Row column that a probe-guided loss reads."""
     neighbours: bool = False
     """Whether batches hold whole examples in order, for a loss on neighbouring tokens."""
+    shuffled: bool = False
+    """Whether each dimension of a batch is shuffled over its rows: a null, trained on what has no structure."""
 
 
 def train_pack(
@@ -130,6 +133,32 @@ def input_scale(store: Store, site: str, start: Start) -> InputScale:
 
 def _stream(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
     """Training batches from step `start` on."""
+    batches = _stored(trial, store, site, start)
+    if not trial.shuffled:
+        return batches
+    return (
+        unpaired(b, (trial.stream_seed, step))
+        if isinstance(b, torch.Tensor)
+        else b._replace(x=unpaired(b.x, (trial.stream_seed, step)))
+        for step, b in enumerate(batches, start)
+    )
+
+
+def unpaired(x: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
+    """x [rows, d] with each column's values in another order: marginals stay, what dimensions share does not.
+
+    Rows are permuted, then each column is rolled by its own distance: no two values of a row stay together while there are
+    as many rows as columns. A permutation per column would cost a sort of all of x at every step.
+    """
+    rows, d = x.shape
+    rng = np.random.default_rng(seed)
+    shift = rng.permutation(rows)[:d] if d <= rows else rng.integers(0, rows, d)
+    place = (torch.arange(rows)[:, None] + torch.from_numpy(shift)) % rows
+    order = torch.from_numpy(rng.permutation(rows))
+    return x.gather(0, order[place].to(x.device))
+
+
+def _stored(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
     size, seed = trial.recipe.batch_size, trial.stream_seed
     if trial.label is None and not trial.neighbours:
         return store.batches(site, "train", size, seed=seed, start=start)

@@ -259,6 +259,14 @@ def test_every_baseline_has_its_row_and_an_untrained_model_only_where_one_is_giv
     assert json.loads((tmp_path / "probes" / "probes.json").read_text())["labels"]["operation"]["n_groups"] == 48
 
 
+def test_labels_that_no_problem_has_are_refused_from_the_records_alone():
+    problems = [problem(i, "+*"[i % 2]) for i in range(40)]
+    probes.check_labels(problems, ["step", "operation"], "test", folds=5)
+    for given, labels, folds in ((problems, ["step"], 5), (problems, ["operation"], 11), ([], ["operation"], 5)):
+        with pytest.raises(UserError, match=r"^labels: none of (step|operation) has two classes with \d+ groups each"):
+            probes.check_labels(given, labels, "test", folds)
+
+
 def test_another_store_is_joined_by_example_and_position(tmp_path):
     store, _ = small_store(tmp_path / "a", seed=0)
     rows = probes.row_table(store, "test")
@@ -313,6 +321,28 @@ def test_the_job_probes_the_closest_sae_where_none_was_chosen(run):
     assert about["sae_id"] == "one" and about["site"] == SITE and set(about["labels"]) == {"operation", "answer"}
     table = pd.read_parquet(run / "probes" / "probes.parquet").set_index(["label", "input", "probe"])
     assert table.loc[("operation", "sae", "k=1"), "balanced_accuracy"] == 1
+
+
+def test_the_job_takes_the_run_s_own_null_as_baseline(run):
+    """The null's store is the run's second one and holds the same tokens; the null has the same site and architecture."""
+    stages = run.parent / "stages"
+    small_store(stages / "store-0")
+    ledger = json.loads((run / "ledger.json").read_text())
+    ledger["stages"].append({"stage": "store", "directory": "store-0"})
+    write_json(run / "ledger.json", ledger)
+    pd.DataFrame({"sae_id": ["one"], "site": [SITE], "architecture": ["relu"]}).to_parquet(run / "table.parquet")
+    facts = {"kind": "untrained_model", "site": SITE, "store": "store-0", "made": True}
+    kinds = {"topk": sae_of(0), "relu": sae_of(10)}  # that of another architecture would read the label, ours is silent
+    names = {architecture: f"control-untrained_model-{architecture}-8-{SITE}" for architecture in kinds}
+    for architecture, sae in kinds.items():
+        formats.save(sae, run / "nulls" / names[architecture])
+    write_json(run / "nulls.json", {names[a]: {**facts, "architecture": a} for a in kinds})
+    job = runpy.run_path(str(ROOT / "jobs" / "probe.py"))["main"]
+    job([str(run), "--labels", "operation", "--ks", "1", "--bootstrap", "50"])
+    table = pd.read_parquet(run / "probes" / "probes.parquet").set_index(["input", "probe"])
+    assert table.loc[("untrained_model", "dense"), "balanced_accuracy"] == 0.5
+    assert Run.open(run).stage("store").name == "store-1"
+    assert Run.open(run).untrained_model("one").store.path.name == "store-0"
 
 
 @pytest.mark.parametrize(

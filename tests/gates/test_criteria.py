@@ -7,8 +7,9 @@ import pytest
 import torch
 import yaml
 
+from raysae.config import NULLS
 from raysae.errors import UserError
-from raysae.gates.criteria import METRICS, Gate, apply, load_gate, passes
+from raysae.gates.criteria import METRICS, Gate, apply, check_must_beat, load_gate, passes
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
 from raysae.sae.metrics import RowSums
 from raysae.sae.sae import SAE
@@ -173,6 +174,47 @@ def test_every_control_of_the_kind_and_site_must_be_beaten_and_no_other():
     assert verdict.shortfall == pytest.approx(0.1 / 0.4)
     elsewhere = {UNTRAINED: weak, "control-untrained-topk-64-t": {**strong, "site": "t"}, "control-pca-64-s": strong}
     assert judged(BEATS, mine, elsewhere).verdict == "pass"
+
+
+def test_a_code_is_beaten_at_an_l0_no_lower_than_the_sae_s():
+    """PCA with many components is near to the activations: only one as dense as the SAE says anything of it."""
+    beats = {"metric": "fvu", "threshold": 0.9, "must_beat": "pca"}
+    codes = {
+        f"control-pca-{name}-8-s": around("fvu", fvu, 0.01) | {"l0": l0}
+        for name, fvu, l0 in (("topk", 0.6, 4.0), ("gated", 0.3, 10.0), ("relu", 0.1, 40.0))
+    }
+    verdicts = {l0: judged(beats, around("fvu", 0.4, 0.01) | {"l0": l0}, codes) for l0 in (3.0, 4.1, 5.0, 20.0, 60.0)}
+    assert [v.verdict for v in verdicts.values()] == ["pass", "pass", "fail", "fail", "fail"]
+    assert [v.baseline_value for v in verdicts.values()] == [0.6, 0.6, 0.3, 0.1, None]
+    assert "no such control was measured at its L0 or above" in verdicts[60.0].reason
+    assert judged(beats, around("fvu", 0.4, 0.01), codes).verdict == "fail", "an SAE without an L0 is at no L0"
+    assert all(judged(beats, code, codes).verdict == "fail" for code in codes.values()), "no code beats itself"
+
+
+def test_a_gate_that_asks_for_a_null_that_is_not_measured_is_refused():
+    def gate(**fields):
+        criterion = {"criterion": "good", "metric": "fvu", "op": "<=", "threshold": 0.2, "why": "so", **fields}
+        return Gate.model_validate({"name": "toy", "criteria": [criterion]})
+
+    path = Path("g.yaml")
+    check_must_beat(gate(), ("untrained",), path)
+    check_must_beat(gate(must_beat="pca"), ("untrained", "pca"), path)
+    check_must_beat(gate(must_beat="untrained_model"), NULLS, path)
+    for fields, words in (
+        (
+            {"must_beat": "pca"},
+            ("evaluation.nulls: untrained, ica lacks pca", "'good' has must_beat pca; add it", "g.yaml"),
+        ),
+        (
+            {"must_beat": "pcb", "mandatory": False},
+            ("evaluation.nulls", "must_beat must be one of untrained, permuted"),
+        ),
+    ):
+        with pytest.raises(UserError) as raised:
+            check_must_beat(gate(**fields), ("untrained", "ica"), path)
+        assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"^must_beat: .*whose ce_delta is not measured"):
+        check_must_beat(gate(must_beat="untrained_model", metric="ce_delta"), NULLS, path)
 
 
 @pytest.mark.parametrize("controls", [None, {}, {"control-pca-64-s": around("fvu", 1.0, 0.0)}])

@@ -6,6 +6,7 @@ import math
 import pandas as pd
 import pytest
 
+from raysae.config import NULLS
 from raysae.gates.criteria import Gate
 from raysae.gates.select import RULE, choose, decide, pareto_front
 from raysae.gates.waivers import Waiver
@@ -226,6 +227,37 @@ def test_an_untrained_sae_that_passes_voids_the_gate():
     assert (
         "void" in decision["reason"] and "control-untrained" in decision["reason"] and "gate.yaml" in decision["reason"]
     )
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NULLS if kind != "untrained_model"])
+def test_a_null_of_any_kind_that_passes_voids_the_gate(kind):
+    """PCA too: a gate that it passes has not shown what the SAE is for."""
+    name = f"control-{kind}-topk-64-s"
+    decision = decided(controls={name: {"fvu": 0.29}})
+    assert decision["verdict"] == "no-go" and decision["controls"][name]["passes_gate"]
+    assert f"The gate is void: the null {name} passes it" in decision["reason"]
+    assert f"must_beat: {kind}" in decision["reason"]
+
+
+def test_a_linear_code_cannot_pass_a_gate_that_asks_it_to_be_beaten():
+    fields = GATE.criteria[0].model_dump() | {"must_beat": "pca"}
+    gate = GATE.model_copy(update={"criteria": (type(GATE.criteria[0])(**fields),)})
+    table = table_of(("x", 4.0, 0.1)).assign(site="s")
+    controls = {"control-pca-topk-8-s": {"fvu": 0.2, "l0": 4.0, "site": "s"}}
+    test = GOOD | {"fvu": 0.1, "l0": 4.0, "site": "s"}
+    weak, asked = (decide(g, "gate.yaml", choose(table, g, controls), controls, test) for g in (GATE, gate))
+    assert "void" in weak["reason"] and weak["verdict"] == "no-go"
+    assert asked["verdict"] == "go" and asked["chosen"] == "x"
+    better = {name: m | {"fvu": 0.05} for name, m in controls.items()}
+    assert choose(table, gate, better).chosen is None
+
+
+def test_an_untrained_model_s_sae_that_passes_is_said_and_voids_nothing():
+    name = "control-untrained_model-topk-64-s"
+    decision = decided(controls={name: {"fvu": 0.01}})
+    assert decision["verdict"] == "go" and decision["controls"][name]["passes_gate"]
+    assert f"{name} passes the gate as well: nothing in it depends on what the model has learnt" in decision["reason"]
+    assert "as well" not in decided(controls={name: {"fvu": 0.99}})["reason"]
 
 
 def test_no_go_names_the_closest_and_what_it_misses():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from raysae.errors import UserError
-from raysae.models.host import ModelHost, fingerprint_of, load_tokenizer, model_facts
+from raysae.models.host import ModelHost, fingerprint_of, load_tokenizer, model_facts, save_with_random_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -173,3 +173,17 @@ def test_hub_model_is_pinned_to_its_commit(folder: Path, tmp_path: Path, monkeyp
     ids = torch.arange(4)[None]
     assert torch.equal(host.logits(ids, None), ModelHost.load(str(folder)).logits(ids, None))
     assert _one_line(ModelHost.load, "someone/tiny", "v2").startswith("model.name: 'someone/tiny' could not")
+
+
+def test_random_weights_are_the_seed_s_and_leave_all_else_as_it_is(folder: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    for name, seed in (("a", 5), ("b", 5), ("c", 6), ("d", 0)):
+        save_with_random_weights(str(folder), tmp_path / name, seed)
+    assert torch.equal(before, torch.get_rng_state())
+    found = {name: fingerprint_of(str(tmp_path / name)) for name in "abcd"}
+    weights = {name: fingerprint["weights"] for name, fingerprint in found.items()}
+    trained = fingerprint_of(str(folder))
+    assert weights["a"] == weights["b"] != weights["c"] and trained["weights"] not in (weights["a"], weights["c"])
+    assert weights["d"] == trained["weights"], "the draw is the architecture's own: the fixture's model is of seed 0"
+    assert found["a"]["class"] == trained["class"]
+    assert ModelHost.load(str(tmp_path / "a")).facts == model_facts(str(folder))

@@ -459,3 +459,96 @@ def test_an_axis_that_did_nothing_is_flagged_and_one_that_did_is_not():
     assert not inert(axis_table(lambda x, seed: 40 + 0.1 * seed, values=(0.01, 0.011))), "nothing was tried"
     same = inert(axis_table(lambda x, seed: 1 / x))
     assert len(same) == 1 and same[0].startswith("Seed did nothing")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nulls and probes
+
+
+def with_nulls(table: pd.DataFrame) -> dict[str, Any]:
+    """A decision with a failing, a voiding and a harmless null beside the first SAE."""
+
+    def null(kind: str, passes: bool, **metrics: Any) -> tuple[str, dict[str, Any]]:
+        own = {
+            "kind": kind,
+            "compared": table.loc[0, "sae_id"],
+            "d_sae": 64,
+            "fvu": 0.7,
+            "fvu_low": 0.65,
+            "fvu_high": 0.75,
+        }
+        return f"control-{kind}-relu-64-s", {"metrics": own | metrics, "passes_gate": passes}
+
+    nulls = [
+        null("permuted", False), null("ica", True, converged=False), null("untrained_model", True, ce_loss_recovered=None)
+    ]  # fmt: skip
+    return synthetic_decision(table) | {"controls": dict(nulls)}
+
+
+def test_nulls_stand_below_their_sae_with_intervals_and_what_the_gate_made_of_them(tmp_path: Path, html: str) -> None:
+    table = synthetic_table(3)
+    page = write_report(synthetic_run(tmp_path / "r", table, with_nulls(table))).read_text()
+    Page(page)
+    part = page[page.index('id="null-table"') : page.index('id="plots"')]
+    rows = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", row)) for row in re.findall(r"<tr.*?</tr>", part, flags=re.S)]
+    assert rows[1].split()[0] == table.loc[0, "sae_id"] and show("fvu", table.loc[0, "fvu"]) in rows[1]
+    assert "decoder rows permuted 64 latents" in rows[2] and "0.7000 [0.6500, 0.7500]" in rows[2]
+    assert "fails, as it must" in rows[2] and "passes" not in rows[2]
+    assert "ICA" in rows[3] and "passes: the gate is void" in rows[3] and "did not converge" in rows[3]
+    assert "random weights" in rows[4] and "passes: the gate does not ask what the model" in rows[4]
+    assert "void" not in rows[4] and "converge" not in rows[2] + rows[4]
+    assert "random weights, on its activations" not in html, "of a kind that was not measured nothing is shown"
+
+
+def probed(folder: Path) -> Path:
+    """What `jobs/probe.py` leaves: one label measured with a leak and a gain, one not measured."""
+    rows: list[dict[str, Any]] = [{"label": "step", "status": "not measured: fewer than two classes"}]
+    for i, name in enumerate(("majority", "shuffled", "token", "raw", "random_sae", "sae")):
+        for probe in ("dense", "k=1") if name not in ("majority", "token") else ("dense",):
+            scores = {m: 0.3 + 0.1 * i + 0.03 * (probe == "dense") for m in ("macro_f1", "balanced_accuracy", "auroc")}
+            ends = {f"{m}_{end}": v + by for m, v in scores.items() for end, by in (("low", -0.02), ("high", 0.02))}
+            entry = {"label": "operation", "input": name, "probe": probe, "status": "measured", "n_columns": 10 + i}
+            rows.append({**entry, **scores, **ends, "not_converged": 2 * (name == "raw" and probe == "k=1")})
+    rows.append({"label": "operation", "input": "untrained_model", "status": "not measured: add <it>"})
+    folder.mkdir()
+    pd.DataFrame(rows).to_parquet(folder / "probes.parquet")
+    low_high = {"macro_f1_low": 0.05, "macro_f1_high": 0.15}
+    gaps = {
+        "raw": {"macro_f1": 0.1, **low_high, "p": 0.01, "q": 0.02},
+        "token": {"macro_f1": -0.2, "macro_f1_low": -0.25, "macro_f1_high": -0.15, "p": 0.01, "q": 0.02},
+        "random_sae": {"macro_f1": 0.1, **low_high, "p": 0.2, "q": 0.25},
+    }
+    leakage = {
+        "duplicates": {"flag": ""},
+        "information": {"gap": 0.1, "flag": "information gain"},
+        "token": {"gap": -0.2, "flag": "the token id alone tells the label as well"},
+    }
+    effects = {"largest_d": 0.81, "null_largest_d": 0.72, "null_largest_d_95": 0.88, "discoveries": 3}
+    label = {"classes": ["*", "+"], "dropped": ["</td>"], "n_rows": 3193, "n_groups": 40, "gaps": gaps}
+    facts = {"operation": {**label, "leakage": leakage, "effects": effects}, "step": {"classes": ["0"], "dropped": []}}
+    settings = {"split": "test", "folds": 5, "confidence": 0.9}
+    about = {"sae_id": "<b>", "site": "blocks.1.resid_post", "settings": settings, "labels": facts}
+    (folder / "probes.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_probes_have_a_table_per_label_with_every_baseline_and_flags_in_words(tmp_path: Path, html: str) -> None:
+    table = synthetic_table(3)
+    folder = synthetic_run(tmp_path / "r", table, synthetic_decision(table))
+    probed(folder / "probes")
+    page = write_report(folder).read_text()
+    Page(page)
+    part = page[page.index('id="probes"') : page.index('id="cost"')]
+    assert 'href="#probes"' in page and 'id="probes"' not in html and 'href="#probes"' not in html
+    assert "&lt;b&gt;" in part and "&lt;/td&gt;" in part and "90% intervals" in part
+    text = [re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", row)) for row in re.findall(r"<tr.*?</tr>", part, flags=re.S)]
+    names = ("latents 15", "raw activations", "untrained SAE", "untrained model", "token id", "shuffled", "frequencies")
+    assert len(text) == 8 and all(name in row for name, row in zip(names, text[1:], strict=True))
+    assert "0.830 [0.810, 0.850]" in text[1] and "0.800 [0.780, 0.820]" in text[1], "dense, and k=1"
+    assert "+0.100 [0.050, 0.150], q 0.02" in text[2] and "2 fits did not converge" in text[2]
+    assert "−0.200 [−0.250, −0.150], q 0.02" in text[5] and "not measured: add &lt;it&gt;" in text[4]
+    assert part.count('<span class="pass">+') == 1, "a gap that chance explains is not coloured"
+    assert "Information gain: the latents tell more" in part and "The token id alone tells the label as well." in part
+    assert "No leak was found" not in part and "3,193 rows of 40 groups" in part
+    assert "0.81; with shuffled labels" in part and "95% of them below 0.88" in part
+    assert "Not measured: fewer than two classes" in part

@@ -1,0 +1,55 @@
+"""The nulls of a run as the page shows them: under each SAE that they stand beside, and what the gate made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from raysae.evaluate.nulls import ELSEWHERE
+from raysae.gates.criteria import kind_of
+from raysae.report.columns import interval, show
+from raysae.report.figures import records
+
+METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta")
+IN_WORDS = {
+    "untrained": "untrained SAE",
+    "permuted": "its decoder rows permuted",
+    "pca": "PCA, the k largest of each row",
+    "ica": "ICA, the k largest of each row",
+    "shuffled_rows": "SAE trained on shuffled rows",
+    "untrained_model": "SAE of the model with random weights, on its activations",
+}
+
+
+def groups(decision: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Nulls by the SAE that they stand beside: its id, its own values, and a row per null."""
+    saes = {row["sae_id"]: row for row in records(table)}
+    found: dict[str | None, list[dict[str, Any]]] = {}
+    for name, control in (decision.get("controls") or {}).items():
+        metrics = control["metrics"]
+        kind = metrics.get("kind") or kind_of(name)
+        found.setdefault(metrics.get("compared"), []).append(
+            {
+                "name": name,
+                "kind": IN_WORDS.get(kind, kind),
+                "d_sae": metrics.get("d_sae"),
+                "cells": cells(metrics),
+                "passes": bool(control["passes_gate"]),
+                "must_fail": kind != ELSEWHERE,
+                "note": "" if metrics.get("converged", True) else "did not converge",
+            }
+        )
+    return [
+        {"sae_id": sae_id, "cells": cells(saes[sae_id]) if sae_id in saes else None, "nulls": nulls}
+        for sae_id, nulls in found.items()
+    ]
+
+
+def cells(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Value and interval of each of METRICS."""
+    return [
+        {"value": show(m, metrics.get(m)), "interval": interval(m, metrics.get(f"{m}_low"), metrics.get(f"{m}_high"))}
+        for m in METRICS
+    ]

@@ -1,0 +1,108 @@
+"""The probes of a run as the page shows them: a table per label, every baseline beside the SAE, flags in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raysae.artifacts import read_json
+from raysae.evaluate.probes import INFORMATION_GAP
+from raysae.report.columns import is_number
+
+INPUTS = {
+    "sae": "the SAE's latents",
+    "raw": "raw activations",
+    "random_sae": "an untrained SAE's latents",
+    "untrained_model": "latents of an SAE of the untrained model",
+    "token": "the token id alone",
+    "shuffled": "the SAE's latents, labels shuffled",
+    "majority": "class frequencies",
+}
+"""By input of a probe, in the order of the table."""
+SCORES = {
+    "macro_f1": "Macro-F1",
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "selectivity": "Selectivity",
+}
+SIGNIFICANT = 0.05
+
+
+def read(run_dir: Path) -> dict[str, Any] | None:
+    """What was probed, how, and a section per label; None where nothing was."""
+    folder = run_dir / "probes"
+    if not all((folder / name).exists() for name in ("probes.json", "probes.parquet")):
+        return None
+    about, table = read_json(folder / "probes.json"), pd.read_parquet(folder / "probes.parquet")
+    sections = [section(str(label), rows, about["labels"][label]) for label, rows in table.groupby("label", sort=False)]
+    return {"sae_id": about["sae_id"], "site": about["site"], "settings": about["settings"], "labels": sections}
+
+
+def section(label: str, table: pd.DataFrame, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """One label: its classes, a row per input, the flags, the largest effect; or why it was not measured."""
+    done = table[table["status"] == "measured"]
+    head = {"label": label, "classes": facts["classes"], "dropped": facts["dropped"]}
+    if done.empty:
+        return {**head, "rows": [], "status": str(table["status"].iloc[0])}
+    sparse = [kind for kind in done["probe"].unique() if kind != "dense"]
+    rows = []
+    for name, words in INPUTS.items():
+        of_input = table[table["input"] == name]
+        if of_input.empty:
+            continue
+        by_probe = {row["probe"]: row for row in of_input[of_input["status"] == "measured"].to_dict("records")}
+        dense = by_probe.get("dense", {})
+        stuck = sum(int(row["not_converged"]) for row in by_probe.values())
+        rows.append(
+            {
+                "input": name,
+                "words": words,
+                "columns": int(dense["n_columns"]) if dense.get("n_columns") else None,
+                "status": "" if dense else str(of_input["status"].iloc[0]),
+                "scores": [cell(dense, score) for score in SCORES],
+                "gap": gap(facts["gaps"].get(name)),
+                "sparse": [cell(by_probe.get(kind, {}), "macro_f1") for kind in sparse],
+                "note": f"{stuck} fits did not converge" if stuck else "",
+            }
+        )
+    flags = [in_words(name, check) for name, check in facts["leakage"].items() if check["flag"]]
+    sizes = {key: facts[key] for key in ("n_rows", "n_groups", "effects")}
+    return {**head, "status": "", "rows": rows, "sparse": sparse, "flags": flags, **sizes}
+
+
+def cell(row: Mapping[str, Any], score: str) -> dict[str, str]:
+    """A score with its interval."""
+    low, high = row.get(f"{score}_low"), row.get(f"{score}_high")
+    return {
+        "value": _number(row.get(score)),
+        "interval": f"[{_number(low)}, {_number(high)}]" if is_number(low) else "",
+    }
+
+
+def gap(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How far the SAE's dense probe lies above a baseline's, and whether that is more than chance."""
+    if found is None:
+        return None
+    clear = found["q"] <= SIGNIFICANT
+    tone = "" if not clear else "pass" if found["macro_f1"] > 0 else "fail"
+    return {"value": f"{found['macro_f1']:+.3f}".replace("-", "−"), "interval": cell(found, "macro_f1")["interval"],
+            "q": f"{found['q']:.2g}", "tone": tone}  # fmt: skip
+
+
+def in_words(name: str, check: Mapping[str, Any]) -> str:
+    """A raised flag as a sentence."""
+    if name != "information":
+        return f"{check['flag'][0].upper()}{check['flag'][1:]}."
+    gained = "the latents tell more" if check["gap"] > 0 else "the latents tell less"
+    return (
+        f"{check['flag'].capitalize()}: {gained} than the raw activations that they are made of, by more than "
+        f"{INFORMATION_GAP:g} in macro-F1, and the interval excludes 0."
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}".replace("-", "−") if is_number(value) and math.isfinite(value) else "–"
