@@ -236,6 +236,9 @@ class EvaluationConfig(Section):
     """Bootstrap resamples, by group, behind each interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Coverage of the intervals."""
+    invariance: Annotated[int, Field(ge=0)] = 0
+    """Examples, such as 100, that are read again with other spaces, names and numbers, to see which latents still fire; 0
+    turns it off."""
     nulls: Annotated[tuple[Null | Literal["all"], ...], Field(min_length=1)] = ("untrained",)
     """Controls measured beside the SAEs of each site and architecture. untrained: before its first step; permuted: decoder
     rows exchanged; pca, ica: linear codes as sparse; shuffled_rows: trained on rows whose dimensions were shuffled;
@@ -316,6 +319,9 @@ class SweepJob(Section):
     """How each SAE is measured."""
     probes: ProbesConfig = ProbesConfig()
     """What is read from the latents of the chosen SAE, beside the baselines that it must beat."""
+    transfer: dict[str, DataConfig] = {}
+    """Other datasets by a name of your own, such as {stories: {source: text, path: ...}}: all of each is held out, and the
+    chosen SAE and its seeds are measured there as well."""
     gate: Path = Path("configs/gates/default.yaml")
     """Criteria that the chosen SAE must meet."""
     basis: Path | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -18,15 +19,26 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
-from raysae.artifacts import Stage, fingerprint, link_or_copy, read_json, sha256_of, stage, write_atomic, write_json
+from raysae.artifacts import (
+    MANIFEST,
+    Stage,
+    fingerprint,
+    link_or_copy,
+    read_json,
+    sha256_of,
+    stage,
+    write_atomic,
+    write_json,
+)
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
-from raysae.config import SweepConfig, SweepJob, dump_yaml
+from raysae.config import DataConfig, SweepConfig, SweepJob, dump_yaml
 from raysae.data.records import read_records, write_records
 from raysae.data.sources import load_problems
-from raysae.data.splits import assign_splits
+from raysae.data.splits import assign_splits, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
+from raysae.evaluate.stability import columns as stability_columns
 from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes
 from raysae.gates.select import choose, decide, pareto_front
 from raysae.gates.waivers import load_waiver, read_basis
@@ -40,15 +52,17 @@ from raysae.run import Run
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
 from raysae.sae.train import Recipe
-from raysae.sweep.collect import curves, training_table
+from raysae.sweep.collect import alike, curves, training_table
 from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
 STAGE_VERSIONS = {
     "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 4, "nulls": 1, "null_model": 1, "evaluation": 3,
-    "probes": 1,
+    "stability": 1, "domains": 1, "transfer": 1, "invariance": 1, "probes": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
 
+TRANSFER = "transfer_"
+"""Before the name of a stage: it is of another dataset than the run's, all of it held out. The code is the same."""
 CONTEXT_AT_MOST = 512
 """Context length where neither the config nor the model asks for less."""
 MAX_DROPPED = 0.5
@@ -114,6 +128,7 @@ class Flow:
         self._check_labels(records)
         model = self.model()
         tokens = self.tokens(records, model)
+        away = self._held_out(model, records)
         store = self.store(tokens, model)
         sae_stage = self.saes(store, tokens)
         kinds = self.config.evaluation.nulls
@@ -122,7 +137,7 @@ class Flow:
         controls = [Controls(nulls, store, validation)]
         if ELSEWHERE in kinds:
             controls.append(self._untrained_model(sae_stage, tokens, model))
-        return self._finish(sae_stage, validation, controls, records, store, tokens, model)
+        return self._finish(sae_stage, validation, controls, records, store, tokens, model, away)
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -153,32 +168,45 @@ class Flow:
 
         return str(self._stage("model", {"embedded": True, "seed": self.config.seed}, build).path)
 
-    def records(self) -> Stage:
-        """Examples with their splits: `records.parquet`."""
-        data = self.config.data
+    def records(self, held_out: DataConfig | None = None, apart_from: Stage | None = None) -> Stage:
+        """Examples with their splits: `records.parquet`. Of the run's data; or of a held-out dataset, whole but for what
+        is near to an example of the records `apart_from`."""
+        data = held_out or self.config.data
 
         def build(path: Path) -> Mapping[str, Any]:
             loaded = load_problems(
                 data.source, data.path, data.subset, data.hub_split, data.columns.model_dump(), data.text_separator,
                 data.text_replace, data.examples, self.config.seed,
             )  # fmt: skip
+            found = len(loaded)
+            if apart_from is not None:
+                known = read_records(apart_from.path / "records.parquet")
+                loaded = unseen(loaded, known, data.near_duplicate_similarity)
+                say(f"records: {found - len(loaded):,} of {found:,} left out, near to examples of the run's own data")
+                if not loaded:
+                    raise UserError("data.source: every example is in the run's own data; name another dataset")
             problems = assign_splits(
                 loaded, data.validation_fraction, data.test_fraction, data.near_duplicate_similarity, self.config.seed
             )
+            if held_out:
+                problems = [replace(p, split="test") for p in problems]
             write_records(path / "records.parquet", problems)
             counts = {split: sum(p.split == split for p in problems) for split in ("train", "validation", "test")}
             groups = len({p.group for p in problems})
             say(f"records: {len(problems):,} examples in {groups:,} groups: {counts}")
-            return {"examples": counts, "groups": groups}
+            return {"examples": counts, "groups": groups, "left_out": found - len(loaded)}
 
         inputs = data.model_dump(mode="json", exclude={"context_length", "packing"})
-        return self._stage("records", {**inputs, "seed": self.config.seed, "source_hash": self._source_hash}, build)
+        inputs |= {"seed": self.config.seed, "source_hash": _source_hash(data.path)}
+        if apart_from is not None:
+            inputs["apart_from"] = apart_from.path.name
+        return self._stage(f"{TRANSFER if held_out else ''}records", inputs, build)
 
-    def tokens(self, records: Stage, model: str) -> Stage:
+    def tokens(self, records: Stage, model: str, held_out: DataConfig | None = None) -> Stage:
         """Blocks of token sequences: `<split>-<index>.parquet`, and `spans.parquet`."""
-        data = self.config.data
+        data = held_out or self.config.data
         tokenizer = self._tokenizer(model)
-        context_length = self._context_length(self._facts(model).context_length)
+        context_length = self._context_length(self._facts(model).context_length, data)
 
         def build(path: Path) -> Mapping[str, Any]:
             made = tokenize(
@@ -203,16 +231,16 @@ class Flow:
             "rows_per_block": self.config.capture.rows_per_shard,
             "seed": self.config.seed,
         }
-        return self._stage("tokens", inputs, build)
+        return self._stage(f"{_kind(records)}tokens", inputs, build)
 
-    def store(self, tokens: Stage, model: str) -> Stage:
-        """The activation store."""
+    def store(self, tokens: Stage, model: str, at: str | None = None) -> Stage:
+        """The activation store, of the config's sites or of one."""
         from raysae.activations import capture
         from raysae.activations.store import Store
 
         c = self.config.capture
         made_with = self._fingerprint(model)
-        sites = self._check_sites(self._facts(model))
+        sites = (at,) if at else self._check_sites(self._facts(model))
         settings = capture.CaptureSettings(sites, c.dtype, c.tokens_per_forward, self.config.seed)
         blocks = tokens.manifest["blocks"]
 
@@ -238,7 +266,7 @@ class Flow:
             "max_non_finite_fraction": c.max_non_finite_fraction,
             "seed": self.config.seed,
         }
-        made = self._stage("store", inputs, build)
+        made = self._stage(f"{_kind(tokens)}store", inputs, build)
         Store(made.path).check_model(made_with)
         return made
 
@@ -338,9 +366,9 @@ class Flow:
 
     def evaluation(
         self, split: str, saes: Stage | None, store: Stage, tokens: Stage, model: str, nulls: Stage | None = None,
-        only: str | None = None,
+        only: Sequence[str] | None = None,
     ) -> Stage:  # fmt: skip
-        """Measurements on a split of every SAE and null, of one SAE, or of nulls alone (rows only): `metrics.json`."""
+        """Measurements on a split of every SAE and null, of some SAEs, or of nulls alone (rows only): `metrics.json`."""
         e = self.config.evaluation
         blocks = [block for block in tokens.manifest["blocks"] if block["split"] == split]
 
@@ -372,10 +400,127 @@ class Flow:
             "nulls": nulls.path.name if nulls else None,
             "split": split,
             "only": only,
-            "evaluation": e.model_dump(mode="json", exclude={"nulls"}),
+            "evaluation": e.model_dump(mode="json", exclude={"nulls", "invariance"}),
             "seed": self.config.seed,
         }
-        return self._stage("evaluation", inputs, build)
+        if _kind(store):
+            inputs["store"] = store.path.name  # not the one that the sweep is of
+        return self._stage(f"{_kind(store)}evaluation", inputs, build)
+
+    def stability(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Stage:
+        """Whether seeds find the same latents: `stability.json`, `stability.parquet`."""
+        e, seed = self.config.evaluation, self.config.seed
+        blocks = [block for block in tokens.manifest["blocks"] if block["split"] == "validation"]
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.evaluate import stability
+
+            names = [block["name"] for block in blocks]
+            table, root = pd.read_parquet(saes.path / "table.parquet"), saes.path / "saes"
+            seeds = stability.match_all(table, root, validation.path, names, seed)
+            placement, seconds = self.cluster.capture(len(blocks)), 0.0
+            for task in stability.tasks(seeds, store.path, root, path):
+                todo = [block for block in blocks if not stability.done(task.root, block["name"])]
+                seconds += self._map_blocks("what recurs", todo, tokens.path, task.root, model, task, placement)
+            found = stability.collect(
+                seeds, path, names, validation.manifest["metrics"], e.bootstrap, e.confidence, seed
+            )
+            stability.by_configuration(found).to_parquet(path / "stability.parquet", index=False)
+            write_json(path / "stability.json", found)
+            held = _held(placement.workers * placement.cpus, placement.workers * placement.gpus)
+            return {"stability": found, "cost": {"tokens": sum(b["rows"] for b in blocks), **held(seconds)}}
+
+        inputs = {"evaluation": validation.path.name, "seed": seed}
+        return self._stage("stability", inputs, build)
+
+    def domains(self, validation: Stage, tokens: Stage, records: Stage, sites: Iterable[str]) -> Stage:
+        """Fidelity by domain, from the evaluation's sums: `domains.parquet`, `domains.json`."""
+        e, seed = self.config.evaluation, self.config.seed
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.evaluate import risk
+
+            names = [block["name"] for block in tokens.manifest["blocks"] if block["split"] == "validation"]
+            problems = [p for p in read_records(records.path / "records.parquet") if p.split == "validation"]
+            roots = [validation.path / site for site in sites]
+            table, facts = risk.coverage(roots, names, problems, e.bootstrap, e.confidence, seed)
+            table.to_parquet(path / "domains.parquet", index=False)
+            write_json(path / "domains.json", facts)
+            return {}
+
+        return self._stage("domains", {"evaluation": validation.path.name, "records": records.path.name}, build)
+
+    def transfer(
+        self, saes: Stage, validation: Stage, tokens: Stage, model: str, ids: Sequence[str], site: str,
+        away: Mapping[str, tuple[Stage, Stage]],
+    ) -> Stage:  # fmt: skip
+        """Fidelity of some SAEs of one site on other datasets, against that on the validation split: `transfer.json`."""
+        e, seed = self.config.evaluation, self.config.seed
+        measured: dict[str, tuple[Stage, Stage]] = {}
+        for name, (_, other_tokens) in away.items():
+            say(f"transfer to {name}: {', '.join(ids)}")
+            other_store = self.store(other_tokens, model, site)
+            measured[name] = other_tokens, self.evaluation("test", saes, other_store, other_tokens, model, only=tuple(ids))
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.evaluate import transfer
+
+            home_names = [block["name"] for block in tokens.manifest["blocks"] if block["split"] == "validation"]
+            home = (validation.path / site, home_names, validation.manifest["metrics"])
+            found = {}
+            for name, (other_tokens, stage_there) in measured.items():
+                names = [block["name"] for block in other_tokens.manifest["blocks"]]
+                there = (stage_there.path / site, names, stage_there.manifest["metrics"])
+                compared = transfer.compare(ids, home, there, e.bootstrap, e.confidence, seed)
+                taken = away[name][0].manifest
+                found[name] = {"examples": taken["examples"]["test"], "left_out": taken["left_out"], "saes": compared}
+                found[name]["over_seeds"] = transfer.over_seeds(compared)
+            write_json(path / "transfer.json", found)
+            return {}
+
+        inputs = {"home": validation.path.name, "away": {name: s.path.name for name, (_, s) in measured.items()}}
+        return self._stage("transfer", {**inputs, "saes": list(ids)}, build)
+
+    def invariance(self, saes: Stage, records: Stage, tokens: Stage, model: str, sae_id: str, site: str) -> Stage:
+        """Which latents of an SAE still fire when examples are worded differently: `invariance.json`."""
+        e, seed = self.config.evaluation, self.config.seed
+        tokenizer, context_length = self._tokenizer(model), tokens.manifest["context_length"]
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.data.perturb import kinds_for
+            from raysae.evaluate import invariance
+
+            problems = read_records(records.path / "records.parquet")
+            sampled = invariance.sample([p for p in problems if p.split == "validation"], e.invariance, seed)
+            made = tokenize(
+                invariance.variants(sampled, problems, seed), tokenizer, context_length, "problems",
+                self.config.capture.rows_per_shard, seed, path / "tokens",
+            )  # fmt: skip
+            task = invariance.Reading(
+                site, saes.path / "saes" / sae_id, path / "latents", self.config.capture.tokens_per_forward
+            )
+            todo = [block for block in made["blocks"] if not invariance.done(task.root, block["name"])]
+            placement = self.cluster.capture(len(todo))
+            seconds = self._map_blocks("reworded examples", todo, path / "tokens", task.root, model, task, placement)
+            found = invariance.collect(
+                task.root,
+                path / "tokens",
+                made["blocks"],
+                sampled,
+                kinds_for(problems),
+                e.bootstrap,
+                e.confidence,
+                seed,
+            )
+            write_json(path / "invariance.json", {"sae_id": sae_id, **found})
+            held = _held(placement.workers * placement.cpus, placement.workers * placement.gpus)
+            return {"cost": {"tokens": sum(made["rows"].values()), **held(seconds)}}
+
+        inputs = {
+            "sweep": saes.path.name, "tokens": tokens.path.name, "sae_id": sae_id, "examples": e.invariance,
+            "bootstrap": e.bootstrap, "confidence": e.confidence, "seed": seed,
+        }  # fmt: skip
+        return self._stage("invariance", inputs, build)
 
     def probes(
         self, sae_id: str, site: str, saes: Stage, records: Stage, store: Stage, other: Controls | None
@@ -424,7 +569,7 @@ class Flow:
 
     def _finish(
         self, saes: Stage, validation: Stage, controlled: Sequence[Controls], records: Stage, store: Stage, tokens: Stage,
-        model: str,
+        model: str, away: Mapping[str, tuple[Stage, Stage]],
     ) -> Run:  # fmt: skip
         """Choose, measure the choice once on test, and write the run's directory; decision.json makes it a run."""
         metrics = validation.manifest["metrics"]
@@ -439,20 +584,37 @@ class Flow:
                 if found["made"]:
                     m = seen.manifest["metrics"][name]
                     controls[name] = {**m, **found, "dead_fraction": m["never_fired_fraction"]}
+        evidence = [self.domains(validation, tokens, records, store.manifest["sites"])]
+        if len(self.config.sweep.seeds) > 1:
+            evidence.append(self.stability(saes, validation, store, tokens, model))
+            recurring = evidence[-1].manifest["stability"]
+            table = table.merge(stability_columns(recurring), on="sae_id", how="left")
+            for name in controls:  # an untrained SAE's decoder is random directions: it is as stable as the null
+                controls[name] |= recurring["nulls"].get(name.removeprefix("control-untrained-"), {})
         choice = choose(table, self.gate, controls, self.waiver)
         table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
         table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))
         test = None
         if choice.chosen is not None:
-            tested = self.evaluation("test", saes, store, tokens, model, only=choice.chosen)
+            tested = self.evaluation("test", saes, store, tokens, model, only=[choice.chosen])
             row = table.set_index("sae_id").loc[choice.chosen]
             kept = row[["site", "d_sae", "expansion_factor", "dead_fraction"]]
+            kept = pd.concat([kept, row[[name for name in row.index if name.startswith("stability_")]]])
             test = {**kept, **tested.manifest["metrics"][choice.chosen]}
         decision = decide(self.gate, str(self.config.gate), choice, controls, test, self.waiver, self.basis)
-        probed, shown = None, choice.chosen or choice.closest
-        if self.config.probes.labels and shown is not None:
-            site = str(table.set_index("sae_id").at[shown, "site"])
-            probed = self.probes(shown, site, saes, records, store, controlled[1] if len(controlled) > 1 else None)
+        probed, lead = None, choice.chosen or choice.closest
+        if lead is not None:
+            of_lead = table.set_index("sae_id", drop=False).loc[lead]
+            site = str(of_lead["site"])
+            if away:
+                ids = alike(table[table["status"] == "completed"], of_lead)["sae_id"]
+                ids = [lead, *(str(i) for i in ids if i != lead)]
+                evidence.append(self.transfer(saes, validation, tokens, model, ids, site, away))
+            if self.config.evaluation.invariance:
+                evidence.append(self.invariance(saes, records, tokens, model, lead, site))
+            if self.config.probes.labels:
+                other = controlled[1] if len(controlled) > 1 else None
+                probed = self.probes(lead, site, saes, records, store, other)
 
         directory = self.directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -463,6 +625,9 @@ class Flow:
         write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
         write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
         link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
+        for made in evidence:
+            for file in sorted({*made.path.glob("*.json"), *made.path.glob("*.parquet")} - {made.path / MANIFEST}):
+                link_or_copy(file, directory / file.name)
         for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
             link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
             write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
@@ -519,7 +684,8 @@ class Flow:
     # Parts of stages
 
     def _stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Stage:
-        made = stage(self.root, name, {"version": STAGE_VERSIONS[name], **inputs}, build, say)
+        version = STAGE_VERSIONS[name if name in STAGE_VERSIONS else name.removeprefix(TRANSFER)]
+        made = stage(self.root, name, {"version": version, **inputs}, build, say)
         self.finished.append(made)
         return made
 
@@ -561,9 +727,25 @@ class Flow:
         self._context_length(facts.context_length)
         return facts
 
-    def _context_length(self, allowed: int | None) -> int:
-        """The config's context length, checked against the model's; unset, the model's up to CONTEXT_AT_MOST."""
-        asked = self.config.data.context_length
+    def _held_out(self, model: str, own: Stage) -> dict[str, tuple[Stage, Stage]]:
+        """Records and tokens of each dataset to transfer to: what is wrong with one shows before anything is captured."""
+        made = {}
+        for name, data in self.config.transfer.items():
+            say(f"transfer to {name}")
+            try:
+                records = self.records(data, own)
+                made[name] = records, self.tokens(records, model, data)
+            except UserError as error:
+                words = str(error)
+                where = f"transfer.{name}"
+                raise UserError(
+                    words.replace("data", where, 1) if words.startswith("data.") else f"{where}: {words}"
+                ) from None
+        return made
+
+    def _context_length(self, allowed: int | None, data: DataConfig | None = None) -> int:
+        """The data's context length, checked against the model's; unset, the model's up to CONTEXT_AT_MOST."""
+        asked = (data or self.config.data).context_length
         if asked is None:
             return min(allowed or CONTEXT_AT_MOST, CONTEXT_AT_MOST)
         if allowed is not None and asked > allowed:
@@ -580,15 +762,6 @@ class Flow:
         if m.tokenizer is not None:
             return load_tokenizer(m.tokenizer, None, m.trust_remote_code)
         return load_tokenizer(model, m.revision, m.trust_remote_code)
-
-    @cached_property
-    def _source_hash(self) -> str | None:
-        """Hash of a local source's bytes: the same path with other content is another dataset."""
-        path = Path(self.config.data.path) if self.config.data.path else None
-        if path is None or not path.exists():
-            return None
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        return fingerprint([(p.name, sha256_of(p)) for p in files])
 
     def _saelens_metadata(self, store: Stage, context_length: int) -> dict[str, Any]:
         return {
@@ -660,13 +833,13 @@ def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def _to_measure(saes: Stage | None, nulls: Stage | None, only: str | None) -> dict[str, list[tuple[str, Path]]]:
-    """(id, directory) of the SAEs to measure by site: one of a sweep, or all that finished, and the nulls."""
+def _to_measure(saes: Stage | None, nulls: Stage | None, only: Sequence[str] | None) -> dict[str, list[tuple[str, Path]]]:
+    """(id, directory) of the SAEs to measure by site: some of a sweep, or all that finished, and the nulls."""
     wanted: dict[str, list[tuple[str, Path]]] = {}
     if saes is not None:
         table = pd.read_parquet(saes.path / "table.parquet")
         table = table[table["status"] == "completed"]
-        for row in (table if only is None else table[table["sae_id"] == only]).itertuples():
+        for row in (table if only is None else table[table["sae_id"].isin(only)]).itertuples():
             wanted.setdefault(str(row.site), []).append((str(row.sae_id), saes.path / "saes" / str(row.sae_id)))
     if nulls is not None:
         for name, found in nulls.manifest["nulls"].items():
@@ -683,6 +856,20 @@ def _in_section(section: str, fields: Iterable[str]) -> Iterator[None]:
     except UserError as error:
         inside = str(error).partition(":")[0] in fields
         raise UserError(f"{section}.{error}" if inside else str(error)) from None
+
+
+def _kind(made: Stage) -> str:
+    """TRANSFER for a stage of a held-out dataset, and for those after it; else nothing."""
+    return TRANSFER if made.manifest["stage"].startswith(TRANSFER) else ""
+
+
+def _source_hash(given: str | None) -> str | None:
+    """Hash of a local source's bytes: the same path with other content is another dataset."""
+    path = Path(given) if given else None
+    if path is None or not path.exists():
+        return None
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return fingerprint([(p.name, sha256_of(p)) for p in files])
 
 
 def _coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], dict[str, Sequence[float]]]:

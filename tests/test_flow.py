@@ -373,3 +373,66 @@ def test_a_damaged_store_is_refused(ray_cluster, run, arithmetic_model, output, 
     content.tofile(shard)
     with pytest.raises(UserError, match="does not match its sha256"):
         raysae.sweep(small_job(arithmetic_model, copy, training={"tokens": 20_000}))
+
+
+def test_seeds_transfer_and_risk_are_measured(ray_cluster, arithmetic_model, tmp_path):
+    from raysae.data import arithmetic
+
+    own = small_job(arithmetic_model, tmp_path / "results").data
+    away = tmp_path / "away.jsonl"
+    shared = [p for p in arithmetic.generate(own.examples or 0, 0, "held_out")][:7]  # also in the run's own data
+    away.write_text("".join(
+        json.dumps({"question": p.question, "answer": p.answer}) + "\n"
+        for p in [*shared, *arithmetic.generate(60, 5, "train")]
+    ))  # fmt: skip
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(
+        "name: seeds\ncriteria:\n"
+        "  - {criterion: sparse, metric: l0_fraction, op: <=, threshold: 0.5, why: every gate has one}\n"
+        "  - {criterion: seeds agree, metric: stability_mmcs, op: '>=', threshold: 0.1, confidence: interval, "
+        "must_beat: untrained, why: more than chance}\n"
+        "assumptions:\n  - {assumption: rows are a sample, if_wrong: all is, checked_by: nobody}\n"
+    )
+    run = raysae.sweep(small_job(
+        arithmetic_model, tmp_path / "results", gate=str(gate), transfer={"away": {"source": "gsm8k", "path": str(away)}},
+        sweep={"architectures": ["topk"], "expansion_factors": [2], "seeds": [0, 1, 2]}, evaluation={"invariance": 9},
+    ))  # fmt: skip
+    assert run.go, run.decision["reason"]  # the control has the null's stability, so it fails and the gate stands
+    (control,) = run.decision["controls"].values()
+    assert 0 < control["metrics"]["stability_mmcs"] < run.table["stability_mmcs"].min()
+    assert [c["value"] for c in run.decision["test"]["criteria"]][1] == run.decision["criteria"][1]["value"]
+
+    stability = json.loads((run.path / "stability.json").read_text())
+    (entry,) = stability["configurations"]
+    assert entry["seeds"] == [0, 1, 2] and len(pd.read_parquet(run.path / "stability.parquet")) == 1
+    assert (run.table["stability_mmcs_low"] < run.table["stability_mmcs"]).all()
+
+    transfer = json.loads((run.path / "transfer.json").read_text())["away"]
+    assert transfer["left_out"] >= 7 and transfer["examples"] == 67 - transfer["left_out"]
+    assert next(iter(transfer["saes"])) == run.best and {*transfer["saes"]} == {*run.table["sae_id"]}
+    store = Store(stage_of(tmp_path / "results", "transfer_store"))
+    x = store.head(store.sites[0], "test", 10**9).double()
+    x_hat = run.sae()(x.float()).double()
+    fvu = ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+    assert transfer["saes"][run.best]["fvu"]["away"] == pytest.approx(fvu, rel=1e-6)
+    assert transfer["saes"][run.best]["fvu"]["home"] == run.table.set_index("sae_id").at[run.best, "fvu"]
+
+    kinds = {k["kind"]: k for k in json.loads((run.path / "invariance.json").read_text())["kinds"]}
+    assert set(kinds) == {"whitespace", "names", "numbers"} and all(k["compared"] for k in kinds.values())
+    domains = pd.read_parquet(run.path / "domains.parquet")
+    rows = domains[domains["sae_id"] == run.best]
+    assert rows["n_rows"].sum() == run.table.set_index("sae_id").at[run.best, "n_rows"]
+    assert run.decision["assumptions"][0]["checked_by"] == "nobody"
+    page = run.report.read_text()
+    assert all(words in page for words in ("Recurring variance", "Names swapped", "rows are a sample", "away</b>"))
+    assert run.stage("store").name.startswith("store-")  # later jobs read the run's own, not the other dataset's
+
+
+def test_a_mistake_in_a_dataset_to_transfer_to_shows_before_capture(ray_cluster, arithmetic_model, tmp_path):
+    wrong = small_job(arithmetic_model, tmp_path, transfer={"away": {"source": "gsm8k", "path": "nowhere.jsonl"}})
+    with pytest.raises(UserError, match=r"^transfer\.away\.path: no file nowhere\.jsonl"):
+        raysae.sweep(wrong)
+    same = small_job(arithmetic_model, tmp_path, transfer={"away": {"source": "arithmetic", "examples": 50}})
+    with pytest.raises(UserError, match=r"^transfer\.away\.source: every example is in the run's own data"):
+        raysae.sweep(same)
+    assert not list(tmp_path.glob("stages/store-*"))

@@ -151,7 +151,8 @@ def finish(
 ) -> dict[str, Any]:
     """The store's manifest from its shards' facts; checks that every kept token became a row, once.
 
-    mean and mean_square_norm are of the training rows: validation and test have no part in the input scale.
+    mean and mean_square_norm are of the training rows: validation and test have no part in the input scale. In a store
+    without training rows, of a dataset that is held out, they are of all rows.
     """
     absent = [block["name"] for block in blocks if not done(root, block["name"])]
     if absent:
@@ -168,9 +169,10 @@ def finish(
     if rows + non_finite != tokens:
         raise CaptureError(f"capture: {tokens} tokens were to be captured, the shards hold {rows} rows")
     sites = {}
+    scaled_by = [s for s in shards if s["split"] == "train"] or shards
     for site in settings.sites:
-        train = [s["sites"][site] for s in shards if s["split"] == "train"]
-        count = sum(s["rows"] for s in shards if s["split"] == "train")
+        train = [s["sites"][site] for s in scaled_by]
+        count = sum(s["rows"] for s in scaled_by)
         sites[site] = {
             "d_model": train[0]["d_model"],
             "mean": (np.sum([t["sum"] for t in train], axis=0) / count).tolist(),

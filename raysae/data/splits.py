@@ -103,6 +103,14 @@ def assign_splits(
     return [replace(p, group=name, split=split_of[name]) for p, name in zip(problems, united, strict=True)]
 
 
+def unseen(problems: Sequence[Problem], others: Sequence[Problem], threshold: float | None) -> list[Problem]:
+    """Those of `problems` that are no near-duplicate of any of `others`, by question (`threshold=None`: not the same)."""
+    texts = [p.question for p in [*others, *problems]]
+    of = texts if threshold is None else near_duplicate_groups(texts, threshold)
+    known = {*of[: len(others)]}
+    return [p for p, group in zip(problems, of[len(others) :], strict=True) if group not in known]
+
+
 def _unite(problems: Sequence[Problem], threshold: float | None) -> list[str]:
     """The group of each problem: the given one, joined with those of its near-duplicates."""
     if threshold is None:

@@ -97,7 +97,10 @@ def tokenize(
     }
     sequence_id = 0
     for split_index, split in enumerate(SPLITS):
-        encoded = _encode([p for p in problems if p.split == split], tokenizer, separator, special)
+        members = [p for p in problems if p.split == split]
+        if not members:
+            continue  # a held-out dataset is all of one split
+        encoded = _encode(members, tokenizer, separator, special)
         examples = [example for example in encoded if example.keep.any()]
         manifest["dropped_empty"] += len(encoded) - len(examples)
         lengths = [len(example.input_ids) for example in examples]
@@ -116,11 +119,11 @@ def tokenize(
         seen.update(np.unique(np.concatenate([example.input_ids[example.keep] for example in examples])).tolist())
         order = np.random.default_rng([seed, split_index]).permutation(len(sequences))
         shuffled = [sequences[index] for index in order]
-        for index, members in enumerate(_fill(shuffled, rows_per_block)):
-            numbered = list(enumerate(members, start=sequence_id))
+        for index, filled in enumerate(_fill(shuffled, rows_per_block)):
+            numbered = list(enumerate(filled, start=sequence_id))
             blocks.append(_write_block(out_dir, split, index, numbered))
             spans.extend(span for number, pieces in numbered for span in _spans(number, pieces))
-            sequence_id += len(members)
+            sequence_id += len(filled)
         manifest["examples"][split] = len(examples)
         manifest["sequences"][split] = len(sequences)
         manifest["rows"][split] = sum(block["rows"] for block in blocks if block["split"] == split)

@@ -203,14 +203,12 @@ def collect(
     `shift` is the vector about which `squared_shifted` was taken (the store's mean). dense_fraction and
     never_fired_fraction have no interval: they would need each latent's firings by group.
     """
-    table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
     vectors: dict[str, list[Tensor]] = {}
     for name in names:
         for key, value in load_tensors(root / f"{name}.safetensors").items():
             vectors.setdefault(key, []).append(value)
     found = {}
-    for sae_id, rows in table.groupby("sae_id", sort=False):
-        by_group = rows.groupby("group", sort=True)[[*ROW_SUMS, *SCORE_SUMS]].sum()
+    for sae_id, by_group in group_sums(root, names).items():
         total = by_group.sum()
         sums = RowSums(shift, rows=int(total["rows"]))
         for column in SCALARS:
@@ -220,14 +218,38 @@ def collect(
         top = torch.cat(vectors[f"{sae_id}.top"])
         metrics = {**sums.metrics(), **_top_norms(sums, top), **_score_metrics(total)}
         metrics |= {"n_rows": sums.rows, "n_groups": len(by_group)}
-        # The mean of the rows is taken as known in each resample; it moves FVU by far less than the groups do.
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
-        totals = pd.DataFrame(bootstrap_totals(by_group.to_numpy(), resamples, seed), columns=by_group.columns)
-        for name, statistic in _ranked(exact).items():
-            low, high = percentile_interval(statistic(totals).to_numpy(), confidence)
+        for name, values in resampled(by_group, exact, resamples, seed).items():
+            low, high = percentile_interval(values.to_numpy(), confidence)
             metrics |= {f"{name}_low": low, f"{name}_high": high}
-        found[str(sae_id)] = metrics
+        found[sae_id] = metrics
     return found
+
+
+def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """By sae_id: sums over the blocks (index group, columns ROW_SUMS and SCORE_SUMS)."""
+    table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
+    return {
+        str(sae_id): rows.groupby("group", sort=True)[[*ROW_SUMS, *SCORE_SUMS]].sum()
+        for sae_id, rows in table.groupby("sae_id", sort=False)
+    }
+
+
+def resampled(by_group: pd.DataFrame, exact: float, resamples: int, seed: int) -> pd.DataFrame:
+    """Each metric of `_ranked` [resamples] over groups drawn with replacement, from an SAE's `group_sums`.
+
+    exact: Σ‖x-μ‖² / Σ‖x-shift‖². The mean of the rows is taken as known in each resample; it moves FVU by far less than the
+    groups do.
+    """
+    totals = pd.DataFrame(bootstrap_totals(by_group.to_numpy(), resamples, seed), columns=by_group.columns)
+    return pd.DataFrame({name: statistic(totals) for name, statistic in _ranked(exact).items()})
+
+
+def exact_share(by_group: pd.DataFrame, fvu: float) -> float:
+    """Σ‖x-μ‖² / Σ‖x-shift‖² from an SAE's `group_sums` and its FVU, which is about μ; nan for an FVU of 0."""
+    total = by_group.sum()
+    shifted = fvu * total.squared_shifted
+    return float(total.squared_error / shifted) if shifted > 0 else float("nan")
 
 
 def _top_norms(sums: RowSums, top: Tensor) -> dict[str, float]:

@@ -19,6 +19,7 @@ OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operat
 METRICS = (
     "fvu", "explained_variance", "l0", "l0_fraction", "l1", "dead_fraction", "never_fired_fraction", "dense_fraction",
     "l2_ratio", "relative_reconstruction_bias", "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl",
+    "stability_mmcs", "stability_recurring_fraction", "stability_recurring_variance",
     "d_sae", "expansion_factor", "n_rows", "n_scored_tokens",
 )  # fmt: skip
 SPARSITY = ("l0", "l0_fraction")
@@ -56,6 +57,17 @@ class Criterion(Section):
         return self.op in ("<=", "<")
 
 
+class Assumption(Section):
+    """Something that the phase takes for granted: one line of its assumption log."""
+
+    assumption: Annotated[str, Field(min_length=1)]
+    """What is assumed."""
+    if_wrong: Annotated[str, Field(min_length=1)]
+    """What would then not hold."""
+    checked_by: Annotated[str, Field(min_length=1)]
+    """What would show that it is wrong: a number of the run, a test, or that nothing does yet."""
+
+
 class Gate(Section):
     """A phase's gate: every mandatory criterion must hold."""
 
@@ -63,6 +75,8 @@ class Gate(Section):
     """Name of the gate, such as the phase."""
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1)]
     """What must hold."""
+    assumptions: tuple[Assumption, ...] = ()
+    """What is taken for granted; carried into decision.json and the report, and judged by nobody but the reader."""
 
     @model_validator(mode="after")
     def _words_differ(self) -> Gate:

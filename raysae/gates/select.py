@@ -14,7 +14,7 @@ import pandas as pd
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.gates.criteria import Gate, Verdict, apply, kind_of, passes
 from raysae.gates.waivers import Waiver
-from raysae.sae.architectures import COEFFICIENTS
+from raysae.sweep.collect import alike
 
 RULE = (
     "Among the SAEs that meet every mandatory criterion on the validation split (but for waived ones), those on the Pareto "
@@ -23,8 +23,6 @@ RULE = (
     "neither FVU nor L0 higher than it by more than their standard deviation over these seeds. The choice is measured once "
     "on the test split, and must meet the criteria there as well."
 )
-CONFIGURATION = ("site", "architecture", "d_sae", *COEFFICIENTS)
-"""Columns in which the seeds of one configuration agree."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,7 @@ def choose(
 
 def seed_noise(completed: pd.DataFrame, row: Mapping[str, Any]) -> dict[str, float]:
     """Standard deviation (n - 1) of FVU and L0 over the seeds of a row's configuration; 0 where there is only one."""
-    same = completed
-    for name in CONFIGURATION:
-        if name in same:
-            same = same[same[name].isna() if pd.isna(row[name]) else same[name] == row[name]]
+    same = alike(completed, row)
     return {metric: float(same[metric].std()) if same[metric].count() > 1 else 0.0 for metric in ("fvu", "l0")}
 
 
@@ -189,6 +184,7 @@ def decide(
         "gate": {"name": gate.name, "path": gate_path},
         "basis": dict(basis) if basis else None,
         "waiver": waiver.model_dump(mode="json") if waiver else None,
+        "assumptions": [a.model_dump() for a in gate.assumptions],
         "selection": RULE,
         "chosen": choice.chosen,
         "closest": choice.closest,

@@ -69,6 +69,24 @@ COLUMNS = (
         "ev_scalar_mean", "EV, scalar mean", "ratio", "1 − Σ|x−x̂|² / Σ|x−m|², m one number: credits the mean vector"
     ),
     Column("ev_clipped", "EV, clipped", "ratio", "the same, negative values shown as 0"),
+    Column(
+        "stability_mmcs",
+        "MMCS over seeds",
+        "ratio",
+        "largest cosine of a latent's direction with one of another seed, mean over latents and seeds",
+    ),
+    Column(
+        "stability_recurring_fraction",
+        "Recurring latents",
+        "share",
+        "share of the latents that fired whose match in every other seed has a cosine of at least 0.7",
+    ),
+    Column(
+        "stability_recurring_variance",
+        "Recurring variance",
+        "share",
+        "their share of the reconstruction's energy, the sum of |f_j d_j|² over tokens and latents",
+    ),
     Column("site", "Site", "text", "place in the model whose activations were reconstructed"),
     Column("seed", "Seed", "text", "seed of the initialisation"),
     Column("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from raysae.artifacts import read_json, write_atomic
 from raysae.errors import UserError
 from raysae.gates.waivers import in_words
-from raysae.report import figures, nulls, probes
+from raysae.report import figures, nulls, probes, risk, stability
 from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -33,8 +33,8 @@ NARROW = 2.0
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` and `figures/` into a run directory and return the page's path.
 
-    Reads `table.parquet` and `decision.json`, and where they exist `config.yaml`, `curves.parquet`, `ledger.json` and
-    `store.json`. Raises `UserError` if the directory holds no finished run.
+    Reads `table.parquet` and `decision.json`, and where they exist `config.yaml`, `curves.parquet`, `ledger.json`,
+    `store.json`, and what `stability` and `risk` show. Raises `UserError` if the directory holds no finished run.
     """
     run_dir = Path(run_dir)
     for needed in ("table.parquet", "decision.json"):
@@ -84,6 +84,8 @@ def write_report(run_dir: Path) -> Path:
         narrow=NARROW,
         moves=moves(table),
         inert=inert(table),
+        stability=stability.section(run_dir),
+        risk=risk.section(run_dir, lead),
         ledger=ledger,
         evaluation=config.get("evaluation") or {},
         dead_windows=sorted(int(tokens) for tokens in table["dead_window_tokens"].dropna().unique()),

@@ -17,6 +17,8 @@ FACTS = [
     "learning_rate", "status", "status_reason", "tokens", "unique_tokens", "loss", "dead_fraction",
     "dead_window_tokens", "train_seconds",
 ]  # fmt: skip
+CONFIGURATION = ("site", "architecture", "d_sae", *COEFFICIENTS)
+"""Columns in which the seeds of one configuration agree."""
 CURVES = ["sae_id", "tokens", "fvu", "l0", "loss", "dead_fraction", "learning_rate"]
 
 
@@ -31,6 +33,14 @@ def _history(root: Path) -> pd.DataFrame:
     lines = [json.loads(line) for file in sorted((root / "history").glob("*.jsonl")) for line in file.open()]
     frame = pd.DataFrame(lines)
     return frame.drop_duplicates(["sae_id", "tokens"], keep="last").sort_values(["sae_id", "tokens"], ignore_index=True)
+
+
+def alike(table: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows of the configuration that `row` is of, one per seed."""
+    for name in CONFIGURATION:
+        if name in table:
+            table = table[table[name].isna() if pd.isna(row[name]) else table[name] == row[name]]
+    return table
 
 
 def training_table(

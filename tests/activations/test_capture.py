@@ -233,3 +233,11 @@ def test_a_block_that_keeps_killing_its_host_is_named(tmp_path):
     with pytest.raises(CaptureError, match="train-00007-abc"):
         attempt(tmp_path, "train-00007-abc", limit=2)
     attempt(tmp_path, "train-00008-abc", limit=2)
+
+
+def test_a_held_out_store_is_about_its_own_mean(host, blocks, tmp_path):
+    held_out = [tiny_block("test", 5), tiny_block("test", 6)]
+    store = store_of(host, held_out, tmp_path)
+    x = torch.cat([store.shard(SITES[0], name) for name in store.names("test")]).double()
+    assert torch.allclose(store.mean(SITES[0]), x.mean(0))
+    assert store.site(SITES[0])["mean_square_norm"] == pytest.approx(x.square().sum(1).mean().item())

@@ -10,7 +10,7 @@ import pytest
 
 from raysae.data.records import make_problem
 from raysae.data.sources import load_problems
-from raysae.data.splits import SPLITS, assign_splits, near_duplicate_groups
+from raysae.data.splits import SPLITS, assign_splits, near_duplicate_groups, unseen
 from raysae.errors import UserError
 
 WORDS = [f"w{i}" for i in range(500)]
@@ -101,3 +101,15 @@ def test_too_few_groups_is_the_users_mistake():
     with pytest.raises(UserError, match=r"data.validation_fraction: 20 examples form 1 group"):
         assign_splits(problems, 0.1, 0.1, 0.8, seed=0)
     assert len({p.split for p in assign_splits(problems, 0.1, 0.1, None, seed=0)}) == 3
+
+
+def test_what_is_near_to_known_examples_is_not_unseen():
+    texts = texts_with_copies(3, originals=4)  # per original, copies with 0 to 8 changed words
+    known = [make_problem(f"k/{i}", "k", texts[9 * i]) for i in (0, 1)]
+    others = [make_problem(f"o/{i}", "o", text) for i, text in enumerate(texts)]
+    left = {p.example_id for p in unseen(others, known, 0.8)}
+    for i, text in enumerate(texts):
+        if max(similarity(text, p.question) for p in known) >= 0.8:
+            assert f"o/{i}" not in left
+    assert {f"o/{i}" for i in range(18, 36)} <= left and "o/8" in left
+    assert {p.example_id for p in unseen(others, known, None)} == {f"o/{i}" for i in range(36)} - {"o/0", "o/9"}

@@ -177,6 +177,14 @@ def test_a_special_token_written_in_a_text_is_no_row(tokenizers, tmp_path):
             assert np.array_equal(mask, ids != tokenizer.eos_token_id)
 
 
+def test_a_held_out_dataset_is_of_one_split(tokenizers, problems, tmp_path):
+    held_out = [p for p in problems if p.split == "test"]
+    manifest = tokenize(held_out, tokenizers["gsm-nano"], 512, "problems", 4096, 0, tmp_path)
+    assert {block["split"] for block in manifest["blocks"]} == {"test"} == {*manifest["rows"]}
+    both = tokenize(problems, tokenizers["gsm-nano"], 512, "problems", 4096, 0, tmp_path / "all")
+    assert manifest["rows"]["test"] == both["rows"]["test"] > 0
+
+
 def test_a_context_that_fits_nothing_and_a_slow_tokenizer_are_named(tokenizers, problems, tmp_path):
     with pytest.raises(UserError, match=r"data.context_length: 8 leaves no example in the train split; .* has \d+ tok"):
         tokenize(problems, tokenizers["gsm-nano"], 8, "problems", 4096, 0, tmp_path)

@@ -238,7 +238,7 @@ def test_a_waived_criterion_is_measured_and_does_not_stop():
 # ----------------------------------------------------------------------------------------------------------------------
 # What no gate may let through
 
-WORST = {name: -1e9 if name.startswith(("ce_", "explained")) else 1e9 for name in METRICS} | {"site": "s"}
+WORST = {name: -1e9 if name.startswith(("ce_", "explained", "stability")) else 1e9 for name in METRICS} | {"site": "s"}
 """A control that every SAE beats."""
 
 
@@ -379,3 +379,31 @@ def test_the_shipped_gate_is_found_from_any_folder(tmp_path, monkeypatch):
     here = {"name": "here", "criteria": [SPARSE]}
     (tmp_path / "configs/gates/default.yaml").write_text(yaml.safe_dump(here))
     assert load_gate(Path("configs/gates/default.yaml")).name == "here"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_gate_logs_its_assumptions(path):
+    assumptions = load_gate(path).assumptions
+    assert assumptions and len({a.assumption for a in assumptions}) == len(assumptions)
+
+
+def test_an_assumption_says_what_would_show_it_wrong(tmp_path):
+    file = tmp_path / "gate.yaml"
+    file.write_text(
+        "{name: g, criteria: [{criterion: sparse, metric: l0, op: <=, threshold: 9, why: so}], "
+        "assumptions: [{assumption: rows are shuffled, if_wrong: nothing holds}]}"
+    )
+    with pytest.raises(UserError, match=r"assumptions.0.checked_by"):
+        load_gate(file)
+
+
+def test_an_untrained_sae_is_as_stable_as_chance():
+    """A criterion on stability can be beaten by the control's null, and fails where there is one seed."""
+    asked = {"criterion": "stable", "metric": "stability_mmcs", "op": ">=", "threshold": 0.3, "must_beat": "untrained"}
+    gate = Gate.model_validate({"name": "g", "criteria": [asked | {"why": "so"}]})
+    null = {"site": "s", "stability_mmcs": 0.4, "stability_mmcs_low": 0.38, "stability_mmcs_high": 0.42}
+    for value, expected in ((0.6, True), (0.41, False), (0.2, False), (None, False)):
+        metrics = {"site": "s", "stability_mmcs": value}
+        if value is not None:
+            metrics |= {"stability_mmcs_low": value - 0.02, "stability_mmcs_high": value + 0.02}
+        assert passes(apply(gate, metrics, {"control-untrained-relu-64-s": null})) is expected

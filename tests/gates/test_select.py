@@ -297,6 +297,14 @@ def test_each_record_says_where_its_evidence_is_and_when_it_was_judged():
     assert decision["basis"] == {"path": "results/p1", "verdict": "go"} and decided()["basis"] is None
 
 
+def test_assumptions_of_the_gate_are_in_the_decision():
+    line = {"assumption": "rows are shuffled", "if_wrong": "widths cannot be compared", "checked_by": "nothing yet"}
+    gate = Gate.model_validate({**GATE.model_dump(), "assumptions": [line]})
+    choice = choose(HAND, gate)
+    assert decide(gate, "g.yaml", choice, {}, None)["assumptions"] == [line]
+    assert decide(GATE, "g.yaml", choice, {}, None)["assumptions"] == []
+
+
 def test_the_decision_is_json():
     for decision in (decided(), decided(table=table_of(("x", 4.0, 0.5)), test=None)):
         assert json.loads(json.dumps(decision))["rejected"] == decision["rejected"]

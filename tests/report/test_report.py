@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -339,6 +340,60 @@ def test_waiver_basis_and_what_a_criterion_asks_beyond_its_bound_are_shown(tmp_p
     for text in (*shown, "<small>whole interval</small>", "better than untrained, 0.9870"):
         assert text in page
         assert text not in html
+
+
+def test_stability_transfer_and_risk_stand_beside_their_nulls(tmp_path: Path, html: str) -> None:
+    folder = evidence_run(tmp_path / "evidence")
+    page = write_report(folder).read_text()
+    Page(page)
+    assert "null 0.2500" in page and "0.5000–0.7000 over 1 pair" in page and "2 seeds, and 3 were asked for" in page
+    assert "× 1.5000 [1.4000, 1.6000]" in page and "no ratio: home may be 0" in page and "7 left out" in page
+    assert "worst in &lt;hard&gt;, × 1.2000" in page and "tiny (3 groups)" in page
+    assert "90 of 100" in page and "8 without any; 2 with the same tokens" in page
+    assert "rows are &lt;shuffled&gt;" in page
+    for words in ("Three or more in", "--evaluation.invariance 100", "The gate states none."):
+        assert words in html and words not in page
+
+
+def evidence_run(folder: Path) -> Path:
+    """A run with every file that the sections on stability and risk read."""
+    table = synthetic_table()
+    decision = synthetic_decision(table)
+    lead = decision["chosen"]
+    decision["assumptions"] = [{"assumption": "rows are <shuffled>", "if_wrong": "no", "checked_by": "nothing"}]
+    synthetic_run(folder, table, decision)
+    names = ("mmcs", "recurring_fraction", "recurring_closely_fraction", "recurring_variance")
+    entry: dict[str, Any] = {
+        "site": "s", "architecture": "topk", "d_sae": 256, "k": 8.0, "sae_ids": ["a", "b"], "seeds": [0, 1],
+        "note": "2 seeds, and 3 were asked for", "method": "Hungarian", "never_fired": [0, 3], "pairs": [{}],
+        "recurring_closely_variance": 0.1,
+    }  # fmt: skip
+    for name in names:
+        entry |= {name: 0.6, f"{name}_least": 0.5, f"{name}_largest": 0.7, f"{name}_null": 0.25}
+    for name in ("fvu", "l0", "ce_loss_recovered"):
+        entry |= {f"{name}_mean": 0.2, f"{name}_sd": 0.01}
+    (folder / "stability.json").write_text(json.dumps({"rule": "so", "configurations": [entry]}))
+    moved = {"home": 0.1, "away": 0.15, "ratio": 1.5}
+    moved |= {f"{kind}{end}": moved[kind] + d for kind in list(moved) for end, d in (("_low", -0.1), ("_high", 0.1))}
+    none = moved | {"ratio": math.nan, "ratio_low": math.nan, "ratio_high": math.nan}
+    of_sae = {"n_rows": 9, "n_groups": 3, "fvu": moved, "l0": moved, "ce_loss_recovered": moved, "ce_delta": none}
+    spread = {name: {"ratio_mean": 1.0, "ratio_sd": 0.1} for name in ("fvu", "l0", "ce_loss_recovered", "ce_delta")}
+    other = {"examples": 40, "left_out": 7, "saes": {lead: of_sae}, "over_seeds": spread}
+    (folder / "transfer.json").write_text(json.dumps({"<away>": other}))
+    rows = [
+        {"sae_id": s, "axis": "stratum", "domain": d, "n_groups": n, "n_scored_groups": n, "n_rows": 9}
+        | {f"{m}{e}": 0.1 for m in ("fvu", "l0", "ce_loss_recovered") for e in ("", "_low", "_high")}
+        for s in (lead, "another")
+        for d, n in (("<hard>", 40), ("tiny", 3))
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "domains.parquet")
+    worst = {"domain": "<hard>", "ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3, "null_95": 1.05}
+    facts = {"enough_groups": 10, "worst": {lead: {"stratum": {"fvu": worst}}}}
+    (folder / "domains.json").write_text(json.dumps(facts))
+    kind = {"kind": "names", "examples": 100, "compared": 90, "not_found": 8, "same_tokens": 2}
+    kind |= {f"{m}{n}{e}": 0.5 for m in ("jaccard", "cosine") for n in ("", "_null") for e in ("", "_low", "_high")}
+    (folder / "invariance.json").write_text(json.dumps({"sae_id": lead, "too_long": 0, "kinds": [kind]}))
+    return folder
 
 
 def test_a_candidate_that_fails_on_test_is_not_called_chosen(tmp_path: Path) -> None:

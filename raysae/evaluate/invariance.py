@@ -1,0 +1,160 @@
+"""Invariance: do the same latents fire when an example is worded differently, with other spaces, names or numbers?
+
+Each example of a sample is read as it is and reworded (`data.perturb`), through the model and the SAE. The overlap of the
+latents before and after stands beside the overlap with another example of the same stratum: latents that fire on everything
+overlap whatever one does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from raysae.artifacts import write_atomic
+from raysae.data.perturb import ORIGINAL, kinds_for, name_pools, plain, reword
+from raysae.data.records import Problem
+from raysae.data.tokens import TokenBlock, micro_batches, read_block
+from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.models.host import ModelHost
+from raysae.sae.formats import load, load_tensors
+
+ROWS_AT_ONCE = 2048
+MEASURES = ("jaccard", "jaccard_null", "jaccard_above", "cosine", "cosine_null", "cosine_above")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What fires on each example of a block: `<block>.safetensors` below `root`, in the order of its example_ids."""
+
+    site: str
+    sae: Path
+    root: Path
+    tokens_per_forward: int
+
+    def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
+        return read_latents(host, block, self)
+
+
+def read_latents(host: ModelHost, block: TokenBlock, task: Reading) -> dict[str, Any]:
+    """Write `active` (bool: on any kept token) and `mean` (over kept tokens), each [examples, d_sae], of a block."""
+    sae = load(task.sae).to(host.device)
+    shape = (len(block.example_ids), sae.config.d_sae)
+    total, firings = (torch.zeros(shape, device=host.device) for _ in range(2))
+    count = torch.zeros(shape[0], device=host.device)
+    for batch in micro_batches(block, task.tokens_per_forward):
+        x = host.read(batch.input_ids, batch.attention_mask, (task.site,))[task.site]
+        rows = x[batch.mask.to(x.device)].float()
+        of = torch.from_numpy(np.concatenate([block.example[i][block.loss_mask[i]] for i in batch.index])).to(x.device)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            f, here = sae.encode(rows[start : start + ROWS_AT_ONCE]), of[start : start + ROWS_AT_ONCE]
+            total.index_add_(0, here, f)
+            firings.index_add_(0, here, (f != 0).float())
+            count.index_add_(0, here, torch.ones(len(f), device=x.device))
+    tensors = {"active": (firings > 0).cpu(), "mean": (total / count.clamp_min(1)[:, None]).cpu()}
+    task.root.mkdir(parents=True, exist_ok=True)
+    write_atomic(task.root / f"{block.name}.safetensors", lambda path: save_file(tensors, path))
+    return {"name": block.name, "rows": int(count.sum())}
+
+
+def done(root: Path, name: str) -> bool:
+    """Whether the block of this name has been read below `root`."""
+    return (root / f"{name}.safetensors").exists()
+
+
+def sample(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
+    """Up to `count` of the problems, no two of one group, so that they are independent of each other."""
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.group, problem)
+    each = list(first.values())
+    chosen = np.random.default_rng(seed).permutation(len(each))[:count]
+    return [each[i] for i in sorted(chosen)]
+
+
+def variants(sampled: Sequence[Problem], problems: Sequence[Problem], seed: int) -> list[Problem]:
+    """The sample's questions as they are and in each other wording there is; names come from all `problems`."""
+    pools = name_pools(problems)
+    made = [plain(p, ORIGINAL, p.question) for p in sampled]
+    return made + [
+        v for kind in kinds_for(problems) for p in sampled if (v := reword(p, kind, pools, seed)) is not None
+    ]
+
+
+def collect(
+    root: Path, tokens: Path, blocks: Sequence[dict[str, Any]], sampled: Sequence[Problem], kinds: Sequence[str],
+    resamples: int, confidence: float, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of invariance.json: by kind, how many examples it changed, and MEASURES with intervals over these.
+
+    jaccard: |A ∩ B| / |A ∪ B| of the sets of latents active anywhere in the example; cosine: of the latents' means over its
+    tokens; null: the same of the example and another one, drawn from its stratum; above: less the null. Examples that hold
+    nothing of the kind, or whose token ids stay the same, are counted and averaged in nowhere; so are those too long.
+    """
+    ids: dict[str, tuple[int, ...]] = {}
+    active: dict[str, np.ndarray] = {}
+    mean: dict[str, np.ndarray] = {}
+    for entry in blocks:
+        block, found = read_block(tokens / entry["file"]), load_tensors(root / f"{entry['name']}.safetensors")
+        for sequence, example in zip(block.input_ids, block.example, strict=True):
+            ids[block.example_ids[example[0]]] = tuple(sequence.tolist())
+        active |= dict(zip(block.example_ids, found["active"].numpy(), strict=True))
+        mean |= dict(zip(block.example_ids, found["mean"].double().numpy(), strict=True))
+
+    kept = [p for p in sampled if f"{p.example_id}#{ORIGINAL}" in ids]
+    other = _partners(kept, seed)
+    entries = []
+    for kind in kinds:
+        counts = {"affected": 0, "not_found": 0, "same_tokens": 0}
+        values = []
+        for p in kept:
+            before, after = (f"{p.example_id}#{what}" for what in (ORIGINAL, kind))
+            state = "not_found" if after not in ids else "same_tokens" if ids[after] == ids[before] else "affected"
+            counts[state] += 1
+            partner = f"{other[p.example_id]}#{ORIGINAL}"
+            if state == "affected" and partner in ids:
+                jaccard, null = (_jaccard(active[before], active[i]) for i in (after, partner))
+                cosine, cosine_null = (_cosine(mean[before], mean[i]) for i in (after, partner))
+                values.append([jaccard, null, jaccard - null, cosine, cosine_null, cosine - cosine_null])
+        entries.append({"kind": kind, "examples": len(kept), "compared": len(values), **counts})
+        entries[-1] |= _means(np.array(values).reshape(-1, len(MEASURES)), resamples, confidence, seed)
+    return {"examples": len(sampled), "too_long": len(sampled) - len(kept), "kinds": entries}
+
+
+def _partners(problems: Sequence[Problem], seed: int) -> dict[str, str | None]:
+    """By example_id: another example of the same stratum, drawn at random; None where there is none."""
+    strata: dict[str, list[str]] = defaultdict(list)
+    for p in problems:
+        strata[p.stratum].append(p.example_id)
+    rng = np.random.default_rng(seed)
+    partner: dict[str, str | None] = {}
+    for members in strata.values():
+        for i, member in enumerate(members):
+            step = int(rng.integers(1, len(members))) if len(members) > 1 else 0
+            partner[member] = members[(i + step) % len(members)] if step else None
+    return partner
+
+
+def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+
+def _means(values: np.ndarray, resamples: int, confidence: float, seed: int) -> dict[str, float | None]:
+    """Mean of each of MEASURES [n, 6] over examples, with its bootstrap interval; None where there is none."""
+    n = len(values)
+    totals = bootstrap_totals(values, resamples, seed) / max(n, 1)
+    found: dict[str, float | None] = {}
+    for k, name in enumerate(MEASURES):
+        low, high = percentile_interval(totals[:, k], confidence) if n > 1 else (None, None)
+        found |= {name: float(values[:, k].mean()) if n else None, f"{name}_low": low, f"{name}_high": high}
+    return found

@@ -1,0 +1,136 @@
+"""Domain coverage: the same SAE's fidelity in each part of the data, and how much worse the worst part is than the mean.
+
+From the sums by group that the evaluation keeps, so without another pass over the data. A domain is a dataset, or a stratum
+of difficulty; a group counts for the domain that all its examples are of.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from raysae.data.records import Problem
+from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS, group_sums
+from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+
+AXES = ("dataset", "stratum")
+MIXED = "mixed"
+ENOUGH_GROUPS = 10
+"""A domain with fewer groups is named and given, without an interval and not as the worst."""
+PERMUTATIONS = 200
+SUMS = [*ROW_SUMS, *SCORE_SUMS]
+
+
+class Metric(NamedTuple):
+    """A metric of a domain."""
+
+    of: Callable[[pd.DataFrame], pd.Series]
+    """From sums (columns SUMS)."""
+    less_is_better: bool
+    counted: str
+    """The sum that counts what it rests on: groups in which it is 0 say nothing."""
+
+
+METRICS = {
+    "fvu": Metric(lambda t: t.squared_error / t.squared_shifted, True, "rows"),
+    "l0": Metric(lambda t: t.active / t.rows, True, "rows"),
+    "ce_loss_recovered": Metric(lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean), False, "scored"),
+}
+"""FVU of a domain is about the mean of the training rows: its own is not kept, and about that FVU would be higher."""
+
+
+def domains_of(problems: Sequence[Problem]) -> dict[str, dict[str, str]]:
+    """By axis: the domain of each group; MIXED where its examples are of several. Axes of a single domain are left out."""
+    found = {}
+    for axis in AXES:
+        of: dict[str, set[str]] = defaultdict(set)
+        for p in problems:
+            of[p.group].add(getattr(p, axis))
+        if len(set.union(*of.values())) > 1:
+            found[axis] = {group: next(iter(names)) if len(names) == 1 else MIXED for group, names in of.items()}
+    return found
+
+
+def coverage(
+    roots: Sequence[Path], names: Sequence[str], problems: Sequence[Problem], resamples: int, confidence: float,
+    seed: int,
+) -> tuple[pd.DataFrame, dict[str, Any]]:  # fmt: skip
+    """Metrics by domain, and the worst domain by SAE.
+
+    roots: the evaluation's folders, one per site.
+
+    First, a row per sae_id, axis and domain: METRICS with intervals by group, n_rows, n_scored_tokens, n_groups, and
+    n_scored_groups, on which CE rests. A metric has an interval where enough groups are behind it. Second, `axes` (domains
+    by axis), `enough_groups`, and `worst`, by sae_id, axis and metric: of the domains with enough groups the worst, its
+    `ratio` to their mean with its interval, and `null_95`, the 95th percentile of that ratio when groups are dealt to the
+    domains at random, for even equal domains have a worst (of a metric of which more is better: the 5th).
+    """
+    axes = domains_of(problems)
+    rows, worst = [], defaultdict[str, dict[str, Any]](dict)
+    for root in roots:
+        for sae_id, by_group in group_sums(root, names).items():
+            if sae_id.startswith("control-"):
+                continue
+            for axis, domain_of in axes.items():
+                domain = by_group.index.map(domain_of).to_numpy()
+                parts = {name: by_group.loc[domain == name, SUMS] for name in sorted({*domain})}
+                table = {name: _row(part) for name, part in parts.items()}
+                worst[sae_id][axis] = {}
+                for metric, m in METRICS.items():
+                    behind = {name: part[part[m.counted] > 0] for name, part in parts.items()}
+                    behind = {name: part for name, part in behind.items() if len(part) >= ENOUGH_GROUPS}
+                    drawn = {
+                        name: m.of(pd.DataFrame(bootstrap_totals(part.to_numpy(), resamples, seed + k), columns=SUMS))
+                        for k, (name, part) in enumerate(behind.items())
+                    }
+                    for name, row in table.items():
+                        values = drawn[name].to_numpy() if name in drawn else np.array([np.nan])
+                        low, high = percentile_interval(values, confidence)
+                        row |= {f"{metric}_low": low, f"{metric}_high": high}
+                    judged = [name for name in behind if name != MIXED]
+                    if len({table[name][metric] for name in judged}) > 1:
+                        worst[sae_id][axis][metric] = _worst(m, {n: behind[n] for n in judged}, drawn, confidence, seed)
+                rows += [{"sae_id": sae_id, "axis": axis, "domain": name, **row} for name, row in table.items()]
+    facts = {
+        "axes": {axis: sorted({*of.values()}) for axis, of in axes.items()},
+        "enough_groups": ENOUGH_GROUPS,
+        "worst": dict(worst),
+    }
+    return pd.DataFrame(rows), facts
+
+
+def _row(part: pd.DataFrame) -> dict[str, Any]:
+    total = part.sum()
+    found = {
+        "n_groups": len(part), "n_scored_groups": int((part["scored"] > 0).sum()), "n_rows": int(total.rows),
+        "n_scored_tokens": int(total.scored),
+    }  # fmt: skip
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {**found, **{name: float(m.of(total)) for name, m in METRICS.items()}}
+
+
+def _worst(
+    m: Metric, parts: Mapping[str, pd.DataFrame], drawn: Mapping[str, pd.Series], confidence: float, seed: int
+) -> dict[str, Any]:
+    """The worst of the domains in a metric, its ratio to their mean with its interval, and what chance makes of it."""
+    values = m.of(pd.DataFrame({name: part.sum() for name, part in parts.items()}).T)
+    at = str(values.idxmax() if m.less_is_better else values.idxmin())
+    each = np.stack([drawn[name].to_numpy() for name in parts], axis=1)  # [resamples, domains]
+    low, high = percentile_interval(drawn[at].to_numpy() / each.mean(1), confidence)
+
+    every = np.concatenate([part.to_numpy() for part in parts.values()])
+    starts = np.cumsum([0, *(len(part) for part in parts.values())])
+    rng = np.random.default_rng(seed)
+    dealt = [np.add.reduceat(every[rng.permutation(len(every))], starts[:-1]) for _ in range(PERMUTATIONS)]
+    chance = m.of(pd.DataFrame(np.concatenate(dealt), columns=SUMS)).to_numpy().reshape(PERMUTATIONS, -1)
+    of_worst = chance.max(1) if m.less_is_better else chance.min(1)
+    return {
+        "domain": at, "value": float(values[at]), "mean": float(values.mean()),
+        "ratio": float(values[at] / values.mean()), "ratio_low": low, "ratio_high": high,
+        "null_95": float(np.percentile(of_worst / chance.mean(1), 95 if m.less_is_better else 5)),
+    }  # fmt: skip

@@ -1,0 +1,403 @@
+"""Stability over seeds: do SAEs that differ in their seed alone find the same latents, and do those carry the variance?
+
+Latents of two SAEs are matched by the cosine of their decoder directions, one to one. A latent *recurs* if its match in
+every other seed has a cosine of at least RECURS. In d dimensions the best of many directions is close to any other by
+chance, so everything stands beside the same matching against random directions. Latents that never fired on the evaluated
+split have no part in it, and are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import save_file
+from scipy import stats
+from scipy.optimize import linear_sum_assignment
+
+from raysae.activations.store import Store
+from raysae.artifacts import write_atomic
+from raysae.data.tokens import TokenBlock
+from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.models.host import ModelHost
+from raysae.sae.formats import load, load_tensors
+from raysae.sweep.collect import CONFIGURATION
+
+RECURS, RECURS_CLOSELY = 0.7, 0.9
+EXACT_UP_TO = 4096
+"""Most latents that are assigned by the Hungarian method, 2-3 s a pair at this width on one core and cubic in it; wider
+SAEs are matched by mutual nearest neighbours."""
+ROWS_AT_ONCE = 4096
+ENOUGH_SEEDS = 3
+"""With fewer the numbers are given with a note."""
+REPLICATED = ("fvu", "l0", "ce_loss_recovered")
+"""Metrics whose mean and standard deviation over the seeds are given."""
+ENERGIES = ("all", "recurring", "recurring_closely", "null")
+COLUMNS = ("stability_mmcs", "stability_recurring_fraction", "stability_recurring_variance")
+"""Columns of the table, each with an interval."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Matching
+
+
+class Match(NamedTuple):
+    """How the n directions of one dictionary stand to the m of another."""
+
+    best: np.ndarray
+    """[n] the largest cosine with any of the other's."""
+    best_back: np.ndarray
+    """[m] the same from the other's side."""
+    matched: np.ndarray
+    """[n] the cosine with its own match, -1 where it has none."""
+    matched_back: np.ndarray
+    """[m] the same from the other's side."""
+
+
+def match(a: np.ndarray, b: np.ndarray, signed: bool = False) -> Match:
+    """Match unit rows a [n, d] with unit rows b [m, d], one to one.
+
+    Up to EXACT_UP_TO rows by the assignment with the largest sum of cosines (Hungarian); above, a row's match is its
+    nearest neighbour if it is also the nearest of that one. `signed`: latents of either sign, for which d and -d are one
+    direction.
+    """
+    if max(len(a), len(b)) <= EXACT_UP_TO:
+        cosine = np.abs(a @ b.T) if signed else a @ b.T
+        rows, columns = linear_sum_assignment(cosine, maximize=True)
+        matched, matched_back = np.full(len(a), -1.0), np.full(len(b), -1.0)
+        matched[rows] = matched_back[columns] = cosine[rows, columns]
+        return Match(cosine.max(1), cosine.max(0), matched, matched_back)
+    best, nearest = np.empty(len(a)), np.empty(len(a), int)
+    best_back, nearest_back = np.full(len(b), -np.inf), np.zeros(len(b), int)
+    for start in range(0, len(a), ROWS_AT_ONCE):  # never all of [n, m] at once
+        cosine = a[start : start + ROWS_AT_ONCE] @ b.T
+        cosine = np.abs(cosine) if signed else cosine
+        part = slice(start, start + len(cosine))
+        nearest[part], best[part] = cosine.argmax(1), cosine.max(1)
+        closer = cosine.max(0) > best_back
+        nearest_back[closer] = start + cosine.argmax(0)[closer]
+        best_back = np.maximum(best_back, cosine.max(0))
+    mutual = nearest_back[nearest] == np.arange(len(a))
+    mutual_back = nearest[nearest_back] == np.arange(len(b))
+    return Match(best, best_back, np.where(mutual, best, -1.0), np.where(mutual_back, best_back, -1.0))
+
+
+def method(width: int) -> str:
+    """How directions are matched at this many latents, in words."""
+    return "Hungarian" if width <= EXACT_UP_TO else "mutual nearest neighbours"
+
+
+def directions(W_dec: np.ndarray) -> np.ndarray:
+    """Rows [n, d] at unit norm."""
+    return W_dec / np.maximum(np.linalg.norm(W_dec, axis=1, keepdims=True), 1e-12)
+
+
+def random_directions(n: int, d: int, rng: np.random.Generator) -> np.ndarray:
+    """n unit rows, uniform on the sphere: the decoder of an untrained SAE."""
+    return directions(rng.standard_normal((n, d), dtype=np.float32))
+
+
+def random_directions_like(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many unit rows, Gaussian with the second moments of `rows` [n, d] before they are normalised.
+
+    Decoder rows crowd into the subspace in which the activations vary, where chance cosines are larger.
+    """
+    values, vectors = np.linalg.eigh(rows.T.astype(np.float64) @ rows / len(rows))
+    root = (vectors * np.sqrt(np.maximum(values, 0))).astype(np.float32)
+    return directions(rng.standard_normal((len(rows), rows.shape[1]), dtype=np.float32) @ root.T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A configuration's seeds
+
+
+@dataclass
+class Seeds:
+    """The SAEs of one configuration, matched with each other. Arrays are over all latents; those never fired hold NaN."""
+
+    rows: pd.DataFrame
+    """Their rows of the table."""
+    best: dict[str, np.ndarray]
+    """By sae_id [d_sae]: the largest cosine with a latent of another seed, mean over the others."""
+    matched: dict[str, np.ndarray]
+    """By sae_id [d_sae]: the matched cosine, least over the others: it recurs at c if this is at least c."""
+    pairs: list[dict[str, Any]]
+    """Each pair of seeds: MMCS in both directions."""
+    null_best: dict[str, np.ndarray]
+    """By null, of the first seed: its largest cosine with random directions [d_sae]."""
+    null_matched: dict[str, np.ndarray]
+    """By null, of the first seed: as `matched`, against as many random dictionaries as there are other seeds."""
+
+    @property
+    def first(self) -> str:
+        return str(self.rows["sae_id"].iloc[0])
+
+
+def configurations(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The completed SAEs of each configuration that has several, by seed."""
+    done = table[table["status"] == "completed"]
+    known = [name for name in CONFIGURATION if name in done]
+    return [rows.sort_values("seed") for _, rows in done.groupby(known, dropna=False) if len(rows) > 1]
+
+
+def match_all(table: pd.DataFrame, saes: Path, evaluation: Path, names: Sequence[str], seed: int) -> list[Seeds]:
+    """`match_seeds` of every configuration of a table; SAEs that never fired on the evaluated blocks are left out.
+
+    evaluation: where the evaluation left each site's sums, in a folder each.
+    """
+    found = []
+    for rows in configurations(table):
+        on = {str(i): fired(evaluation / rows["site"].iloc[0], names, str(i)) for i in rows["sae_id"]}
+        rows = rows[[bool(on[str(i)].any()) for i in rows["sae_id"]]]
+        if len(rows) > 1:
+            found.append(match_seeds(rows, saes, on, seed))
+    return found
+
+
+def match_seeds(rows: pd.DataFrame, saes: Path, fired: Mapping[str, np.ndarray], seed: int) -> Seeds:
+    """Match the SAEs of one configuration (`rows` of the table, below `saes` by id) with each other and with the nulls.
+
+    fired: by sae_id, whether each latent fired on the evaluated split [d_sae] bool. seed: of the random directions.
+    """
+    ids = [str(i) for i in rows["sae_id"]]
+    signed = rows["architecture"].iloc[0] == "abstopk"
+    unit = {i: directions(load(saes / i).parameters["W_dec"].numpy()[fired[i]]) for i in ids}
+    best: dict[str, list[np.ndarray]] = {i: [] for i in ids}
+    matched: dict[str, list[np.ndarray]] = {i: [] for i in ids}
+    pairs = []
+    for n, a in enumerate(ids):
+        for b in ids[n + 1 :]:
+            pair = match(unit[a], unit[b], signed)
+            best[a].append(pair.best)
+            best[b].append(pair.best_back)
+            matched[a].append(pair.matched)
+            matched[b].append(pair.matched_back)
+            one, two = float(pair.best.mean()), float(pair.best_back.mean())
+            pairs.append({"a": a, "b": b, "mmcs": (one + two) / 2, "mmcs_a_in_b": one, "mmcs_b_in_a": two})
+    rng, first = np.random.default_rng([seed, len(fired[ids[0]])]), unit[ids[0]]
+    null_best: dict[str, list[np.ndarray]] = {"random": [], "same_moments": []}
+    null_matched: dict[str, list[np.ndarray]] = {"random": [], "same_moments": []}
+    for other in ids[1:]:
+        for null, rival in (
+            ("random", random_directions(len(unit[other]), unit[other].shape[1], rng)),
+            ("same_moments", random_directions_like(unit[other], rng)),
+        ):
+            found = match(first, rival, signed)
+            null_best[null].append(found.best)
+            null_matched[null].append(found.matched)
+
+    def spread(sae_id: str, values: np.ndarray) -> np.ndarray:
+        whole = np.full(len(fired[sae_id]), np.nan)
+        whole[fired[sae_id]] = values
+        return whole
+
+    return Seeds(
+        rows,
+        {i: spread(i, np.mean(b, axis=0)) for i, b in best.items()},
+        {i: spread(i, np.min(m, axis=0)) for i, m in matched.items()},
+        pairs,
+        {null: spread(ids[0], np.mean(b, axis=0)) for null, b in null_best.items()},
+        {null: spread(ids[0], np.min(m, axis=0)) for null, m in null_matched.items()},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The variance that recurring latents carry
+
+
+@dataclass(frozen=True)
+class Energies:
+    """Sums by group of Σ_j ‖f_j d_j‖² over ENERGIES' sets of latents j, on a block's stored rows; see `block_energies`."""
+
+    store: Path
+    site: str
+    saes: tuple[tuple[str, Path], ...]
+    root: Path
+
+    def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
+        return block_energies(host.device, block.name, self)
+
+
+def write_masks(root: Path, found: Sequence[Seeds]) -> None:
+    """Which latents each of ENERGIES sums: `masks.safetensors`, [d_sae, len(ENERGIES)] by sae_id."""
+    import torch
+
+    masks = {}
+    for seeds in found:
+        for i, least in seeds.matched.items():
+            chance = np.fmax(*seeds.null_matched.values()) if i == seeds.first else np.full_like(least, np.nan)
+            sets = np.stack([np.isfinite(least), least >= RECURS, least >= RECURS_CLOSELY, chance >= RECURS], axis=1)
+            masks[i] = torch.from_numpy(sets)
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(root / "masks.safetensors", lambda path: save_file(masks, path))
+
+
+def block_energies(device: Any, name: str, task: Energies) -> dict[str, Any]:
+    """Write `<name>.parquet`, columns sae_id, group, ENERGIES, below `task.root`; it is there when the block is done."""
+    store, masks = Store(task.store), load_tensors(task.root / "masks.safetensors")
+    x = store.shard(task.site, name)
+    codes, groups = pd.factorize(store.row_columns(name, ("group",))["group"].to_pandas(), sort=True)
+    frames = []
+    for sae_id, path in task.saes:
+        sae = load(path).to(device)
+        norms = sae.parameters["W_dec"].square().sum(1)  # ‖d_j‖² [d_sae]
+        weights = norms[:, None] * masks[sae_id].to(device, norms.dtype)
+        sums = np.zeros((len(groups), len(ENERGIES)))
+        for start in range(0, x.shape[0], ROWS_AT_ONCE):
+            f = sae.encode(x[start : start + ROWS_AT_ONCE].to(device).float())
+            np.add.at(sums, codes[start : start + ROWS_AT_ONCE], (f.square() @ weights).double().cpu().numpy())
+        frames.append(pd.DataFrame(sums, columns=list(ENERGIES)).assign(group=groups, sae_id=sae_id))
+    table = pd.concat(frames, ignore_index=True)
+    write_atomic(task.root / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
+    return {"name": name, "rows": x.shape[0]}
+
+
+def done(root: Path, name: str) -> bool:
+    """Whether the block of this name has been summed below `root`."""
+    return (root / f"{name}.parquet").exists()
+
+
+def fired(root: Path, names: Sequence[str], sae_id: str) -> np.ndarray:
+    """[d_sae] bool: whether each latent fired in these blocks, from what the evaluation left below `root`."""
+    return sum(load_tensors(root / f"{name}.safetensors")[f"{sae_id}.firings"] for name in names).numpy() > 0  # type: ignore[union-attr]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The outcome
+
+
+def collect(
+    found: Sequence[Seeds], root: Path, names: Sequence[str], metrics: Mapping[str, Mapping[str, Any]], resamples: int,
+    confidence: float, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of stability.json: `configurations`, `saes` (columns of the table by sae_id), `nulls`, and the rule.
+
+    root: where the sites' energies lie, in a folder each. metrics: of the evaluated split, by sae_id. Intervals of cosines
+    are t intervals and those of shares of latents Wilson's, over latents with the seeds given; those of shares of energy
+    are bootstraps by group. Pairs of seeds are too few for one: their least and largest are given.
+    """
+    shares = {
+        site: _energy_shares(root / site, names, resamples, confidence, seed)
+        for site in sorted({str(s.rows["site"].iloc[0]) for s in found})
+    }
+    saes: dict[str, dict[str, Any]] = {}
+    entries, nulls = [], {}
+    for seeds in found:
+        head = seeds.rows.iloc[0]
+        of = shares[str(head["site"])]
+        for i in seeds.matched:
+            saes[i] = {"stability_seeds": len(seeds.rows), **_of_latents(seeds.best[i], seeds.matched[i], confidence)}
+            saes[i] |= {f"stability_recurring_variance{end}": v for end, v in of[i]["recurring"].items()}
+        null = {
+            name: _of_latents(seeds.null_best[name], seeds.null_matched[name], confidence) for name in seeds.null_best
+        }
+        larger = max(null.values(), key=lambda n: (n["stability_mmcs"], n["stability_recurring_fraction"]))
+        larger = larger | {f"stability_recurring_variance{end}": v for end, v in of[seeds.first]["null"].items()}
+        nulls[f"{head['architecture']}-{head['d_sae']}-{head['site']}"] = larger
+        entries.append(_entry(seeds, saes, of, null, larger, metrics))
+    return {"rule": RULE, "configurations": entries, "saes": saes, "nulls": nulls}
+
+
+RULE = (
+    f"Latents of two seeds are matched by decoder cosine (Hungarian up to {EXACT_UP_TO} latents, mutual nearest "
+    "neighbours above); those that never fired on the validation split are left out. MMCS: mean over latents, both ways "
+    "and over pairs of seeds, of the largest cosine with a latent of the other seed. A latent recurs if its matched cosine "
+    f"is at least {RECURS} ({RECURS_CLOSELY}: closely) in every other seed. Recurring variance: their share of the "
+    "reconstruction's energy, Σ‖f_j d_j‖² summed over the rows of the validation split and latents j (cross terms and "
+    "b_dec are in neither). Null: the same matching against as many random unit directions, uniform or with the second "
+    "moments of the other seed's decoder; of the two the larger is shown."
+)
+
+
+def _entry(
+    seeds: Seeds, saes: Mapping[str, Mapping[str, Any]], shares: Mapping[str, Any], null: Mapping[str, Any],
+    larger: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    ids = list(seeds.matched)
+    facts = {name: seeds.rows[name].iloc[0] for name in CONFIGURATION if name in seeds.rows}
+    facts = {name: value for name, value in facts.items() if not pd.isna(value)}
+    mmcs = [pair["mmcs"] for pair in seeds.pairs]
+    silent = [int(np.isnan(values).sum()) for values in seeds.matched.values()]
+    found: dict[str, Any] = {
+        **facts,
+        "sae_ids": ids,
+        "seeds": [int(s) for s in seeds.rows["seed"]],
+        "note": f"{len(ids)} seeds, and {ENOUGH_SEEDS} were asked for" if len(ids) < ENOUGH_SEEDS else "",
+        "method": method(max(len(v) for v in seeds.matched.values()) - min(silent)),
+        "never_fired": silent,
+        "pairs": seeds.pairs,
+        "mmcs": float(np.mean(mmcs)),
+        "mmcs_least": float(min(mmcs)),
+        "mmcs_largest": float(max(mmcs)),
+        "mmcs_null": larger["stability_mmcs"],
+        "recurring_fraction_null": larger["stability_recurring_fraction"],
+        "recurring_variance_null": larger["stability_recurring_variance"],
+        "nulls": {
+            name: {"mmcs": n["stability_mmcs"], "recurring_fraction": n["stability_recurring_fraction"]}
+            for name, n in null.items()
+        },
+    }
+    for name in ("recurring_fraction", "recurring_closely_fraction", "recurring_variance"):
+        column = f"stability_{name}"
+        values = [saes[i][column] for i in ids]
+        found |= {name: float(np.mean(values)), f"{name}_least": min(values), f"{name}_largest": max(values)}
+    found["recurring_closely_variance"] = float(np.mean([shares[i]["recurring_closely"][""] for i in ids]))
+    for name in REPLICATED:
+        each = np.array([metrics[i][name] for i in ids], float)
+        found |= {f"{name}_mean": float(each.mean()), f"{name}_sd": float(each.std(ddof=1))}
+    return found
+
+
+def _of_latents(best: np.ndarray, matched: np.ndarray, confidence: float) -> dict[str, float]:
+    """MMCS and shares of recurring latents of one SAE, over its latents that fired, with intervals over these."""
+    best, matched = best[np.isfinite(best)], matched[np.isfinite(matched)]
+    n, mean = len(best), float(best.mean())
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * best.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    found = {"stability_mmcs": mean, "stability_mmcs_low": mean - half, "stability_mmcs_high": mean + half}
+    for name, least in (("recurring", RECURS), ("recurring_closely", RECURS_CLOSELY)):
+        count = int((matched >= least).sum())
+        low, high = stats.binomtest(count, n).proportion_ci(confidence, "wilson")
+        name = f"stability_{name}_fraction"
+        found |= {name: count / n, f"{name}_low": float(low), f"{name}_high": float(high)}
+    return found
+
+
+def _energy_shares(
+    root: Path, names: Sequence[str], resamples: int, confidence: float, seed: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By sae_id and set of latents: its share of the energy, with its interval (keys "", "_low", "_high")."""
+    table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for sae_id, rows in table.groupby("sae_id"):
+        sums = rows.groupby("group", sort=True)[list(ENERGIES)].sum().to_numpy()
+        totals = np.concatenate([sums.sum(0, keepdims=True), bootstrap_totals(sums, resamples, seed)])
+        share = totals / np.where(totals[:, :1] > 0, totals[:, :1], np.nan)
+        found[str(sae_id)] = {}
+        for k, name in enumerate(ENERGIES):
+            low, high = percentile_interval(share[1:, k], confidence)
+            found[str(sae_id)][name] = {"": float(share[0, k]), "_low": low, "_high": high}
+    return found
+
+
+def by_configuration(found: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per configuration, its plain fields: the content of stability.parquet."""
+    plain = [{k: v for k, v in e.items() if not isinstance(v, list | dict)} for e in found["configurations"]]
+    return pd.DataFrame(plain).assign(seeds=[len(e["seeds"]) for e in found["configurations"]])
+
+
+def columns(found: Mapping[str, Any]) -> pd.DataFrame:
+    """The table's columns of stability, by sae_id."""
+    return pd.DataFrame(found["saes"]).T.rename_axis("sae_id").reset_index()
+
+
+def tasks(found: Sequence[Seeds], store: Path, saes: Path, root: Path) -> Iterator[Energies]:
+    """What is left to sum, a task per site, its masks written."""
+    for site in sorted({str(s.rows["site"].iloc[0]) for s in found}):
+        here = [s for s in found if s.rows["site"].iloc[0] == site]
+        write_masks(root / site, here)
+        yield Energies(store, site, tuple((i, saes / i) for s in here for i in s.matched), root / site)

@@ -1,0 +1,95 @@
+"""Domain coverage and invariance of one SAE as the page shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from raysae.artifacts import read_json
+from raysae.report.columns import interval, label, show
+
+METRICS = ("fvu", "l0", "ce_loss_recovered")
+KINDS = {"whitespace": "Spaces and line breaks", "names": "Names swapped", "numbers": "Numbers changed"}
+AXES = {"dataset": "Dataset", "stratum": "Stratum, by number of steps"}
+
+
+def section(run_dir: Path, lead: str | None) -> dict[str, Any]:
+    """What `_risk.html.j2` shows of the SAE `lead`, from `domains.*` and `invariance.json`; empty where they are absent."""
+    file, facts = run_dir / "domains.parquet", read_json_if(run_dir / "domains.json")
+    table = pd.read_parquet(file) if file.exists() else pd.DataFrame()
+    mine = table[table["sae_id"] == lead] if len(table) else table
+    worst = facts.get("worst", {}).get(lead, {})
+    found = read_json_if(run_dir / "invariance.json")
+    return {
+        "metrics": [label(name) for name in METRICS],
+        "enough": facts.get("enough_groups"),
+        "axes": [
+            {"name": AXES.get(str(axis), str(axis)), **domains(rows, worst.get(axis, {}), facts["enough_groups"])}
+            for axis, rows in (mine.groupby("axis", sort=False) if len(mine) else ())
+        ],
+        "measured": file.exists(),
+        "invariance": [kind(entry) for entry in found.get("kinds", ())],
+        "reworded": found.get("sae_id"),
+        "too_long": found.get("too_long", 0),
+    }
+
+
+def domains(rows: pd.DataFrame, worst: dict[str, Any], enough: int) -> dict[str, Any]:
+    """An axis' domains as rows of cells, the ones too small to judge by name, and the worst of each metric in words."""
+    shown = [
+        {
+            "domain": row["domain"] or "none",
+            "cells": [
+                {
+                    "value": show(name, row[name]),
+                    "interval": interval(name, row[f"{name}_low"], row[f"{name}_high"]),
+                    "worst": worst.get(name, {}).get("domain") == row["domain"],
+                }
+                for name in METRICS
+            ],
+            "groups": f"{row['n_groups']:,}",
+            "scored": f"{row['n_scored_groups']:,}",
+        }
+        for row in rows.to_dict("records")
+    ]
+    said = [
+        f"{label(name)}: worst in {w['domain'] or 'none'}, × {show('fvu', w['ratio'])} the mean of the domains "
+        f"{interval('fvu', w['ratio_low'], w['ratio_high'])}; domains dealt at random reach × {show('fvu', w['null_95'])}."
+        for name, w in worst.items()
+    ]
+    few = [
+        f"{row['domain'] or 'none'} ({row[count]} {what})"
+        for count, what in (("n_groups", "groups"), ("n_scored_groups", "groups scored with the model"))
+        for row in rows.to_dict("records")
+        if row[count] < enough
+    ]
+    return {"rows": shown, "said": said, "few": few}
+
+
+def kind(entry: dict[str, Any]) -> dict[str, Any]:
+    """A way of rewording as a row: how many examples, and cells of value, interval and null."""
+    return {
+        "kind": KINDS.get(entry["kind"], entry["kind"]),
+        "compared": f"{entry['compared']:,} of {entry['examples']:,}",
+        "left": "; ".join(
+            f"{entry[key]:,} {words}"
+            for key, words in (("not_found", "without any"), ("same_tokens", "with the same tokens"))
+            if entry[key]
+        ),
+        "cells": [
+            {
+                "value": show("fvu", entry[name]),
+                "interval": interval("fvu", entry[f"{name}_low"], entry[f"{name}_high"]),
+                "null": show("fvu", entry[f"{name}_null"]),
+                "null_interval": interval("fvu", entry[f"{name}_null_low"], entry[f"{name}_null_high"]),
+            }
+            for name in ("jaccard", "cosine")
+        ],
+    }
+
+
+def read_json_if(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty where there is no file."""
+    return read_json(path) if path.exists() else {}
