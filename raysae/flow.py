@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
@@ -42,8 +43,12 @@ from raysae.sae.train import InputScale, untrained
 from raysae.sweep.collect import curves, training_table
 from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
-STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 3, "evaluation": 2}
+STAGE_VERSIONS = {"model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 3, "evaluation": 2, "features": 1}
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
+
+FEATURES = ("features", "feature_rows", "contexts")
+"""Fields of the evaluation that are about features only: the evaluation stage does not depend on them."""
+FEATURE_FILES = ("cards.jsonl", "features.parquet", "features.json")
 
 CONTEXT_AT_MOST = 512
 """Context length where neither the config nor the model asks for less."""
@@ -103,7 +108,7 @@ class Flow:
         store = self.store(tokens, model)
         sae_stage = self.saes(store, tokens)
         validation = self.evaluation("validation", sae_stage, store, tokens, model)
-        return self._finish(sae_stage, validation, store, tokens, model)
+        return self._finish(sae_stage, validation, store, tokens, records, model)
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -325,15 +330,46 @@ class Flow:
             "sweep": saes.path.name,
             "split": split,
             "only": only,
-            "evaluation": e.model_dump(mode="json"),
+            "evaluation": e.model_dump(mode="json", exclude=set(FEATURES)),
             "seed": self.config.seed,
         }
         return self._stage("evaluation", inputs, build)
 
+    def features(
+        self, sae_id: str, site: str, saes: Stage, store: Stage, tokens: Stage, records: Stage, model: str
+    ) -> Stage:
+        """What each latent of an SAE fires on, over validation rows: the files of `evaluate.features`."""
+        e = self.config.evaluation
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.evaluate import features
+
+            settings = features.Settings(
+                e.feature_rows, e.contexts, bootstrap=e.bootstrap, confidence=e.confidence, seed=self.config.seed
+            )
+            decode = self._tokenizer(model).backend_tokenizer.decode
+            say(f"features: {sae_id}")
+            start = perf_counter()
+            rows = features.build(
+                path, sae_id, saes.path / "saes" / sae_id, store.path, site, "validation",
+                {block["name"]: tokens.path / block["file"] for block in tokens.manifest["blocks"]},
+                lambda ids: decode(ids, skip_special_tokens=False), records.path / "records.parquet", settings,
+            )  # fmt: skip
+            return {"cost": {"tokens": rows, **_held(torch.get_num_threads(), 0)(perf_counter() - start)}}
+
+        inputs = {
+            "sweep": saes.path.name,
+            "sae": sae_id,
+            "split": "validation",
+            **e.model_dump(mode="json", include={"feature_rows", "contexts", "bootstrap", "confidence"}),
+            "seed": self.config.seed,
+        }
+        return self._stage("features", inputs, build)
+
     # ------------------------------------------------------------------------------------------------------------------
     # The run's directory
 
-    def _finish(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Run:
+    def _finish(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, records: Stage, model: str) -> Run:
         """Choose, measure the choice once on test, and write the run's directory; decision.json makes it a run."""
         metrics = validation.manifest["metrics"]
         table = pd.read_parquet(saes.path / "table.parquet")
@@ -355,6 +391,11 @@ class Flow:
             kept = row[["site", "d_sae", "expansion_factor", "dead_fraction"]]
             test = {**kept, **tested.manifest["metrics"][choice.chosen]}
         decision = decide(self.gate, str(self.config.gate), choice, controls, test, self.waiver, self.basis)
+        sites = table.set_index("sae_id")["site"]
+        features = {
+            i: self.features(i, str(sites[i]), saes, store, tokens, records, model)
+            for i in self._with_features(table, decision)
+        }
 
         directory = self.directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -368,6 +409,9 @@ class Flow:
         for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
             link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
             write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
+        for sae_id, made in features.items():
+            for name in FEATURE_FILES:
+                link_or_copy(made.path / name, directory / "saes" / sae_id / "features" / name)
         (directory / "tune").unlink(missing_ok=True)
         (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
         write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
@@ -375,6 +419,13 @@ class Flow:
         write_json(directory / "decision.json", decision)
         write_report(directory)
         return Run(directory)
+
+    def _with_features(self, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[str]:
+        """Ids of the SAEs whose latents are looked at."""
+        which = self.config.evaluation.features
+        completed = [str(i) for i in table.loc[table["status"] == "completed", "sae_id"]]
+        best = decision["chosen"] or decision["closest"]
+        return [i for i in completed if which == "all" or (which == "chosen" and i == best)]
 
     def _ledger(self) -> dict[str, Any]:
         """What each stage cost, when it was made: wall seconds, CPU- and GPU-seconds held, tokens, bytes on disk."""
@@ -430,8 +481,6 @@ class Flow:
     def _map_blocks(
         self, what: str, blocks: list, tokens: Path, root: Path, model: str, work: Any, placement: Placement
     ) -> float:
-        from time import perf_counter
-
         from raysae.activations.on_ray import map_blocks
 
         m = self.config.model
