@@ -100,7 +100,12 @@ def test_pieces_of_a_byte_level_tokenizer_are_whole_characters_and_make_the_text
     text = "Tom's naïve 😀 café costs £3—日本語 ok. " * 9  # longer than one run of pieces
     ids = tokenizer(text)["input_ids"]
     backend = tokenizer.backend_tokenizer
-    pieces = pieces_of(ids, lambda some: backend.decode(some, skip_special_tokens=False))
+
+    def decode(some):
+        return backend.decode(some, skip_special_tokens=False)
+
+    pieces = pieces_of(ids, decode)
+    assert all(decode(ids[:i]).startswith("".join(pieces[:i])) for i in range(len(ids))), "no token tells of the next"
     assert len(pieces) == len(ids) > 64 and "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     assert sum("😀" in piece for piece in pieces) == 9 and pieces.count("") > 9, (
