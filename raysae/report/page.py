@@ -1,8 +1,8 @@
 """`write_report`: a run directory in, one self-contained HTML page and its figures out.
 
 The page puts the decision first and the evidence behind it after, in the order in which a sceptical reader asks. It is
-one file without a single outside reference, so that it can be mailed, archived and opened offline; only files of the
-run directory are read, so that it can be made again at any time.
+one file without a single outside reference, so that it can be mailed, archived and opened offline (its links to the SAEs'
+own pages lead into the run directory); only files of the run directory are read, so that it can be made again at any time.
 """
 
 from __future__ import annotations
