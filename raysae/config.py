@@ -236,6 +236,13 @@ class EvaluationConfig(Section):
     """Bootstrap resamples, by group, behind each interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Coverage of the intervals."""
+    features: Literal["none", "chosen", "all"] = "chosen"
+    """Whose latents get densities, contexts, purity and cards: no SAE's, the chosen one's (the closest to the gate's, where
+    none is chosen), or all completed SAEs'."""
+    feature_rows: PositiveInt = 200_000
+    """Most rows of the validation split behind them."""
+    contexts: Annotated[int, Field(ge=2, le=50)] = 10
+    """Contexts per latent: as many of its largest activations, and as many random ones where it fires."""
     invariance: Annotated[int, Field(ge=0)] = 0
     """Examples, such as 100, that are read again with other spaces, names and numbers, to see which latents still fire; 0
     turns it off."""

@@ -57,12 +57,17 @@ from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
 
 STAGE_VERSIONS = {
     "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 4, "nulls": 1, "null_model": 1, "evaluation": 3,
-    "stability": 1, "domains": 1, "transfer": 1, "invariance": 1, "probes": 1,
+    "stability": 1, "domains": 1, "transfer": 1, "invariance": 1, "probes": 1, "features": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
 
 TRANSFER = "transfer_"
 """Before the name of a stage: it is of another dataset than the run's, all of it held out. The code is the same."""
+
+FEATURES = ("features", "feature_rows", "contexts")
+"""Fields of the evaluation that are about features only: the evaluation stage does not depend on them."""
+FEATURE_FILES = ("cards.jsonl", "features.parquet", "features.json")
+
 CONTEXT_AT_MOST = 512
 """Context length where neither the config nor the model asks for less."""
 MAX_DROPPED = 0.5
@@ -400,7 +405,7 @@ class Flow:
             "nulls": nulls.path.name if nulls else None,
             "split": split,
             "only": only,
-            "evaluation": e.model_dump(mode="json", exclude={"nulls", "invariance"}),
+            "evaluation": e.model_dump(mode="json", exclude={"nulls", "invariance", *FEATURES}),
             "seed": self.config.seed,
         }
         if _kind(store):
@@ -564,6 +569,37 @@ class Flow:
             with _in_section("probes", type(p).model_fields):
                 probes.check_labels(problems, p.labels, p.split, p.folds)
 
+    def features(
+        self, sae_id: str, site: str, saes: Stage, store: Stage, tokens: Stage, records: Stage, model: str
+    ) -> Stage:
+        """What each latent of an SAE fires on, over validation rows: the files of `evaluate.features`."""
+        e = self.config.evaluation
+
+        def build(path: Path) -> Mapping[str, Any]:
+            from raysae.evaluate import features
+
+            settings = features.Settings(
+                e.feature_rows, e.contexts, bootstrap=e.bootstrap, confidence=e.confidence, seed=self.config.seed
+            )
+            decode = self._tokenizer(model).backend_tokenizer.decode
+            say(f"features: {sae_id}")
+            start = perf_counter()
+            rows = features.build(
+                path, sae_id, saes.path / "saes" / sae_id, store.path, site, "validation",
+                {block["name"]: tokens.path / block["file"] for block in tokens.manifest["blocks"]},
+                lambda ids: decode(ids, skip_special_tokens=False), records.path / "records.parquet", settings,
+            )  # fmt: skip
+            return {"cost": {"tokens": rows, **_held(torch.get_num_threads(), 0)(perf_counter() - start)}}
+
+        inputs = {
+            "sweep": saes.path.name,
+            "sae": sae_id,
+            "split": "validation",
+            **e.model_dump(mode="json", include={"feature_rows", "contexts", "bootstrap", "confidence"}),
+            "seed": self.config.seed,
+        }
+        return self._stage("features", inputs, build)
+
     # ------------------------------------------------------------------------------------------------------------------
     # The run's directory
 
@@ -615,6 +651,11 @@ class Flow:
             if self.config.probes.labels:
                 other = controlled[1] if len(controlled) > 1 else None
                 probed = self.probes(lead, site, saes, records, store, other)
+        sites = table.set_index("sae_id")["site"]
+        features = {
+            i: self.features(i, str(sites[i]), saes, store, tokens, records, model)
+            for i in self._with_features(table, decision)
+        }
 
         directory = self.directory
         directory.mkdir(parents=True, exist_ok=True)
@@ -637,6 +678,9 @@ class Flow:
         if probed is not None:
             for name in ("probes.parquet", "probes.json"):
                 link_or_copy(probed.path / name, directory / "probes" / name)
+        for sae_id, made in features.items():
+            for name in FEATURE_FILES:
+                link_or_copy(made.path / name, directory / "saes" / sae_id / "features" / name)
         (directory / "tune").unlink(missing_ok=True)
         (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
         write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
@@ -645,6 +689,13 @@ class Flow:
         write_json(directory / "decision.json", decision)
         write_report(directory)
         return Run(directory)
+
+    def _with_features(self, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[str]:
+        """Ids of the SAEs whose latents are looked at."""
+        which = self.config.evaluation.features
+        completed = [str(i) for i in table.loc[table["status"] == "completed", "sae_id"]]
+        best = decision["chosen"] or decision["closest"]
+        return [i for i in completed if which == "all" or (which == "chosen" and i == best)]
 
     def _ledger(self) -> dict[str, Any]:
         """What each stage cost, when it was made: wall seconds, CPU- and GPU-seconds held, tokens, bytes on disk."""

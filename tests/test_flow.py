@@ -114,6 +114,24 @@ def test_the_decision_explains_every_sae(run):
     assert (decision["test"] is None) == (decision["chosen"] is None)
 
 
+def test_the_best_sae_has_its_features_and_any_other_on_request(run, arithmetic_model, output):
+    features = pd.read_parquet(run.path / "saes" / run.best / "features" / "features.parquet")
+    row = run.table.set_index("sae_id").loc[run.best]
+    assert len(features) == row["d_sae"] and features["density"].sum() == pytest.approx(row["l0"], rel=1e-9)
+    assert features["dead"].mean() == pytest.approx(row["never_fired_fraction"])
+    folders = [path.parent.name for path in run.path.glob("saes/*/features")]
+    assert folders == [run.best] and len(list(run.path.glob("saes/*/index.html"))) == 4
+    cards = (run.path / "saes" / run.best / "features" / "cards.jsonl").read_text().splitlines()
+    assert len(cards) == row["d_sae"] and json.loads(cards[int(features["max"].idxmax())])["top_contexts"]
+    for asked, count in (("all", 4), ("none", 0)):
+        other = raysae.sweep(small_job(arithmetic_model, output, evaluation={
+            "max_tokens": 1000, "bootstrap": 100, "features": asked
+        }))  # fmt: skip
+        assert len(list(other.path.glob("saes/*/features/cards.jsonl"))) == count
+        made = {stage["stage"] for stage in other.ledger["stages"] if not stage["reused"]}
+        assert made == ({"features"} if count else set()), "nothing else depends on it"
+
+
 def test_a_second_run_redoes_nothing(run, arithmetic_model, output):
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and ".locks" not in p.parts}
     # A process of its own, without a cluster to join: had a stage work to do, it would have to start one.

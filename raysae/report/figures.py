@@ -126,6 +126,17 @@ def training(curves: pd.DataFrame, table: pd.DataFrame, decision: Mapping[str, A
     return _finish(figure, axes, table, decision, "tokens", metric, lines=True)
 
 
+def densities(histogram: Mapping[str, Any]) -> Figure:
+    """Latents by the log10 of their firing density: edges, counts, and how many never fired."""
+    figure, axes = _axes("Share of tokens on which a latent fires (log)", "Latents")
+    edges = np.asarray(histogram["edges"], float)
+    axes.stairs(histogram["counts"], edges, fill=True, color=RAMP(0.0), alpha=0.85)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"{10**power:.3g}"))
+    if histogram["never"]:
+        axes.set_title(f"{histogram['never']:,} never fired", fontsize=9, color=INK, loc="right")
+    return figure
+
+
 def draw(table: pd.DataFrame, curves: pd.DataFrame | None, decision: Mapping[str, Any]) -> dict[str, Drawn]:
     """Every figure that has something to show, by file name; the Pareto plot always."""
     figures = {"pareto": Drawn("FVU against L0", pareto(table, decision), large=True)}

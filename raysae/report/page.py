@@ -1,8 +1,8 @@
 """`write_report`: a run directory in, one self-contained HTML page and its figures out.
 
 The page puts the decision first and the evidence behind it after, in the order in which a sceptical reader asks. It is
-one file without a single outside reference, so that it can be mailed, archived and opened offline; only files of the
-run directory are read, so that it can be made again at any time.
+one file without a single outside reference, so that it can be mailed, archived and opened offline (its links to the SAEs'
+own pages lead into the run directory); only files of the run directory are read, so that it can be made again at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from raysae.artifacts import read_json, write_atomic
 from raysae.errors import UserError
 from raysae.gates.waivers import in_words
-from raysae.report import figures, nulls, probes, risk, stability
+from raysae.report import figures, nulls, probes, risk, sae_page, stability
 from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -31,7 +31,7 @@ NARROW = 2.0
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` and `figures/` into a run directory and return the page's path.
+    """Write `report.html`, `figures/` and the SAEs' pages into a run directory and return the report's path.
 
     Reads `table.parquet` and `decision.json`, and where they exist `config.yaml`, `curves.parquet`, `ledger.json`,
     `store.json`, and what `stability` and `risk` show. Raises `UserError` if the directory holds no finished run.
@@ -62,7 +62,9 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.globals.update(show=show, label=label, interval=interval, duration=duration, size=size, plain=_plain)
+    shown_criteria = criteria(decision)
     page = environment.get_template("template.html.j2").render(
+        pages=sae_page.write_pages(run_dir, environment, table, curves, decision, shown_criteria),
         run=run_dir.resolve().name,
         decision=decision,
         waived=in_words(decision),
@@ -70,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
         role=role,
         facts=facts(table, config, store),
         key=key_numbers(table, decision),
-        criteria=criteria(decision),
+        criteria=shown_criteria,
         null_groups=nulls.groups(decision, table),
         null_metrics=nulls.METRICS,
         probed=probes.read(run_dir),

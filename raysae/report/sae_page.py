@@ -1,0 +1,239 @@
+"""`write_pages`: one self-contained page per completed SAE, `saes/<sae-id>/index.html`, with its feature cards.
+
+The cards of 10,000 latents are 60 MB of JSON. A page holds each example's text once, as indices into a list of pieces, and
+a context as a place in it with the activations that are not zero; a script makes rows and cards when they are looked at.
+All text enters the page as JSON and the document as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pandas as pd
+from jinja2 import Environment
+from markupsafe import Markup, escape
+
+from raysae.artifacts import read_json, write_atomic
+from raysae.report import figures
+from raysae.report.columns import COLUMNS, interval, is_number, label, show
+
+FULL_SIZE = 12_000_000
+"""Bytes of cards above which a page shows fewer contexts of each; all are in cards.jsonl."""
+SHOWN_CONTEXTS = (50, 5, 3, 1)
+SETTING = (
+    "architecture", "expansion_factor", "d_sae", "l1_coefficient", "k", "target_l0", "l0_coefficient", "site", "seed",
+    "learning_rate", "tokens", "unique_tokens", "train_seconds",
+)  # fmt: skip
+CARD_NUMBERS = (
+    "density", "active_rows", "mean", "max", "n_contexts", "n_examples", "nearest_latent", "nearest_cosine",
+    "token_agreement", "token_agreement_active", "token_agreement_null", "coherence", "coherence_active", "coherence_null",
+)  # fmt: skip
+MEANINGS = {
+    "token_agreement": ("Same token", "share of pairs of its top contexts that are the same token"),
+    "coherence": ("Coherence", "mean cosine between the activations of its top contexts, less the training mean"),
+    "token_agreement_active": ("Same token, random contexts", "the same over random tokens on which it fires"),
+    "coherence_active": ("Coherence, random contexts", "the same over random tokens on which it fires"),
+}
+
+
+def write_pages(
+    run_dir: Path, environment: Environment, table: pd.DataFrame, curves: pd.DataFrame | None,
+    decision: Mapping[str, Any], criteria: list[dict[str, Any]],
+) -> dict[str, str]:  # fmt: skip
+    """Write a page for each completed SAE of `table`; their addresses, relative to the run, by sae_id.
+
+    criteria: the gate's, as shown, for the decision's SAE. `features/` beside a page gives it its cards.
+    """
+    lead, role = figures.lead(decision)
+    pages = {}
+    for row in figures.records(table[table["status"] == "completed"]):
+        sae_id = row["sae_id"]
+        if Path(sae_id).name != sae_id:
+            continue  # not the name of a folder
+        directory = run_dir / "saes" / sae_id
+        directory.mkdir(parents=True, exist_ok=True)
+        summary, cards, drawn = _features(directory)
+        mine = curves[curves["sae_id"] == sae_id].sort_values("tokens") if curves is not None else pd.DataFrame()
+        reasons = (decision.get("rejected") or {}).get(sae_id) or ()
+        page = environment.get_template("_sae.html.j2").render(
+            run=run_dir.resolve().name,
+            sae_id=sae_id,
+            decision=decision,
+            role=role if sae_id == lead else None,
+            row=row,
+            reasons=[reasons] if isinstance(reasons, str) else list(map(str, reasons)),
+            criteria=criteria if sae_id == lead else [],
+            setting=[(label(name), show(name, row[name])) for name in SETTING if _given(row.get(name))],
+            metrics=_metrics(row),
+            curves=[
+                (chart(mine["tokens"].tolist(), mine[name].tolist(), "training tokens", label(name)), label(name))
+                for name in ("fvu", "l0")
+                if name in mine and mine[name].notna().any()
+            ],
+            summary=summary,
+            purities=_purities(summary),
+            drawn=drawn,
+            cards=cards,
+        )
+        _write(directory / "index.html", page)
+        pages[sae_id] = f"saes/{quote(sae_id)}/index.html"
+    return pages
+
+
+def compact(cards: Iterator[Mapping[str, Any]], contexts: int) -> dict[str, Any]:
+    """Cards as a page holds them, with at most so many contexts of each kind.
+
+    `numbers`: a list per name, by latent. `labels`: per kind of label and latent [label, purity, entropy, base rate, null],
+    or null. `histograms`, `top`, `random`: by latent; a context is [example, position, first position, tokens, then pairs
+    of a token's number and the latent's activation on it]. `examples`: [id, first position, pieces], `pieces`: texts; -1
+    is a token that no context shows.
+    """
+    pieces: dict[str, int] = {}
+    examples: dict[str, dict[int, int]] = {}
+    numbers: dict[str, list[Any]] = {name: [] for name in CARD_NUMBERS}
+    labels: dict[str, list[Any]] = {}
+    made: dict[str, list[Any]] = {"histograms": [], "top": [], "random": []}
+    order: dict[str, int] = {}
+
+    def placed(context: Mapping[str, Any]) -> list[Any]:
+        name, first = context["example_id"], context["first"]
+        text = examples.setdefault(name, {})
+        for position, piece in enumerate(context["tokens"], start=first):
+            text[position] = pieces.setdefault(piece, len(pieces))
+        pairs = [x for i, value in enumerate(context["activations"]) if value for x in (i, _short(value))]
+        return [order.setdefault(name, len(order)), context["position"], first, len(context["tokens"]), *pairs]
+
+    for count, card in enumerate(cards):
+        for name in CARD_NUMBERS:
+            numbers[name].append(_short(card.get(name)))
+        for kind in [key.removeprefix("label_") for key in card if key.startswith("label_")]:
+            of = labels.setdefault(kind, [])
+            of += [None] * (count - len(of))
+            shown = [_short(card.get(f"{name}_{kind}")) for name in ("purity", "entropy", "base_rate")]
+            of.append([card[f"label_{kind}"], *shown, _short(card.get(f"purity_{kind}_null"))])
+        made["histograms"].append(card["histogram"] if card.get("max") else [])
+        for kind in ("top", "random"):
+            made[kind].append([placed(context) for context in card[f"{kind}_contexts"][:contexts]])
+    for of in labels.values():
+        of += [None] * (len(made["top"]) - len(of))
+    texts = []
+    for name in order:
+        text = examples[name]
+        texts.append([name, min(text), [text.get(i, -1) for i in range(min(text), max(text) + 1)]])
+    return {"numbers": numbers, "labels": labels, **made, "examples": texts, "pieces": list(pieces)}
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that may stand in a <script>: no `<` is left that could end it or open a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for sign in ("<", "\u2028", "\u2029"):
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)
+
+
+def chart(x: list[float], y: list[float], x_label: str, y_label: str) -> Markup:
+    """A line of a few points as an SVG that costs no plotting library: a sweep has hundreds of pages."""
+    points = [(a, b) for a, b in zip(x, y, strict=True) if is_number(a) and is_number(b) and abs(b) != float("inf")]
+    if not points:
+        return Markup("")
+    left, right, top, bottom = 52, 310, 14, 150
+    x_end = max(a for a, _ in points) or 1
+    low, high = min(0.0, *(b for _, b in points)), max(b for _, b in points) or 1
+    at = [
+        (left + (right - left) * a / x_end, bottom - (bottom - top) * (b - low) / (high - low or 1)) for a, b in points
+    ]
+    marks = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{x:g}: {y:.4g}</title></circle>'
+                    for (a, b), (x, y) in zip(at, points, strict=True))  # fmt: skip
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
+    return Markup(
+        f'<svg viewBox="0 0 320 186" role="img" aria-label="{escape(y_label)} over {escape(x_label)}" class="curve">'
+        f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="var(--faint)"/>'
+        f'<polyline points="{line}" fill="none" stroke="var(--link)" stroke-width="2"/><g fill="var(--link)">{marks}</g>'
+        f'<g fill="currentColor" font-size="11"><text x="{left - 5}" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{left - 5}" y="{bottom}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{right}" y="{bottom + 15}" text-anchor="end">{x_end:,.0f}</text>'
+        f'<text x="{(left + right) / 2}" y="{bottom + 31}" text-anchor="middle">{escape(x_label)}</text></g></svg>'
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _features(directory: Path) -> tuple[dict[str, Any], Markup, Markup]:
+    """features.json, the cards for the page and the drawn density histogram; empty where features were not measured."""
+    source = directory / "features"
+    if not (source / "features.json").exists():
+        return {}, Markup(""), Markup("")
+    summary = read_json(source / "features.json")
+    for contexts in SHOWN_CONTEXTS:
+        with (source / "cards.jsonl").open(encoding="utf-8") as file:
+            cards = script_json({**compact(map(json.loads, file), contexts), "rows": summary["rows"]})
+        if len(cards) < FULL_SIZE:
+            break
+    title = "Latents by firing density"
+    svg = figures.save(figures.densities(summary["density_histogram"]), directory / "figures", "density")
+    return summary, cards, Markup(figures.inline(svg, "density", title, {}))
+
+
+def _metrics(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "label": column.label,
+            "value": show(column.name, row[column.name]),
+            "interval": interval(column.name, row.get(f"{column.name}_low"), row.get(f"{column.name}_high")),
+            "meaning": column.meaning,
+        }
+        for column in COLUMNS
+        if column.name not in SETTING and is_number(row.get(column.name))
+    ]
+
+
+def _purities(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The means over latents beside what random rows and an untrained SAE give."""
+    shown = []
+    untrained = summary.get("untrained") or {}
+    for name, entry in (summary.get("means") or {}).items():
+        kind = name.removeprefix("purity_")
+        title, meaning = MEANINGS.get(
+            name, (f"Purity: {kind}", f"share of its top contexts that have the most common {kind.replace('_', ' ')}")
+        )
+        other = untrained.get(name) or {}
+        shown.append(
+            {
+                "label": title,
+                "meaning": meaning,
+                "value": _digits(entry["value"]),
+                "interval": _span(entry),
+                "null": _digits(entry["null"]),
+                "untrained": _digits(other.get("value")),
+                "untrained_interval": _span(other),
+                "n": f"{entry['n']:,}",
+            }
+        )
+    return shown
+
+
+def _digits(value: Any) -> str:
+    return f"{value:.3f}" if is_number(value) else "–"
+
+
+def _span(entry: Mapping[str, Any]) -> str:
+    low, high = entry.get("low"), entry.get("high")
+    return f"[{low:.3f}, {high:.3f}]" if is_number(low) and is_number(high) else ""
+
+
+def _short(value: Any) -> Any:
+    """A number with three significant digits, whole ones as integers."""
+    if not isinstance(value, float):
+        return value
+    rounded = float(f"{value:.3g}")
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _given(value: Any) -> bool:
+    return is_number(value) or (isinstance(value, str) and value != "")
