@@ -14,10 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: threads that wait for work sleep instead of spinning, so that a model that shares its cores
-# with trials or with the tasks that read does not slow them (and itself) several-fold.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 
 from raysae.config import ClusterConfig

@@ -25,12 +25,14 @@ from raysae.errors import UserError
 from raysae.flow import Flow
 from raysae.progress import say
 from raysae.run import Run
+from raysae.sae.architectures import COEFFICIENTS
 from raysae.sweep.replay import replay
 
 TOLERANCE, SMALL = 0.05, 0.01
 """How far a metric without interval may move: relatively, or absolutely if that is more (shares near 0)."""
+SETTINGS = ("d_in", "d_sae", "expansion_factor", *COEFFICIENTS, "seed", "learning_rate")
 NOT_METRICS = {
-    "sae_id", "site", "architecture", "status", "status_reason", "train_seconds", "pareto", "passes_gate",
+    *SETTINGS, "sae_id", "site", "architecture", "status", "status_reason", "train_seconds", "pareto", "passes_gate",
 }  # fmt: skip
 OUTCOME = "replication.json"
 MARK = "replication-of.json"
@@ -177,12 +179,19 @@ def _checks(one: Run, two: Run) -> Iterator[dict[str, Any]]:
     yield check("model: hash of the weights", lambda run: _model(read_json(run.path / "store.json")["model"]))
     yield counted("activations: sha256 of each file of the store", "store")
     yield check("SAEs and what became of them", lambda run: _statuses(run.table), True)
+    yield check("settings of each SAE", lambda run: _settings(run.table), True)
     yield check("verdict", lambda run: run.decision["verdict"], True)
     yield check("chosen SAE", lambda run: run.decision["chosen"], True)
 
 
 def _model(facts: Mapping[str, Any]) -> str:
     return str(facts.get("weights") or facts.get("revision"))
+
+
+def _settings(table: pd.DataFrame) -> dict[str, list[str]]:
+    """By SAE, what it was asked to be; as text, so that an absent coefficient equals itself."""
+    names = [name for name in SETTINGS if name in table]
+    return {str(row["sae_id"]): [repr(float(row[name])) for name in names] for row in table.to_dict("records")}
 
 
 def _statuses(table: pd.DataFrame) -> dict[str, str]:
