@@ -125,7 +125,7 @@ def compare(one: Run, two: Run) -> dict[str, Any]:
         "run": str(one.path.resolve()),
         "replicated": str(two.path.resolve()),
         "outcome": "identical" if identical else "within" if holds else "differs",
-        "expected_identical": not differing and not environments[0].get("gpus"),
+        "expected_identical": not differing and not one.ledger["total"]["gpu_seconds"],
         "environment": differing,
         "checks": checks,
         "saes": saes,
