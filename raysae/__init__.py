@@ -8,7 +8,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# Before torch is imported: threads that wait for work sleep instead of spinning, so that a model that shares its cores
+# with trials or with the tasks that read does not slow them (and itself) several-fold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = ["SAE", "Run", "Store", "SweepJob", "UserError", "load_config", "sweep"]

@@ -24,6 +24,10 @@ from filelock import FileLock, Timeout
 MANIFEST = "manifest.json"
 
 
+class NotMade(LookupError):
+    """A stage that was only looked for is not finished."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """A finished stage: where it is, what its manifest says, and whether this call found it finished."""
@@ -76,6 +80,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def stage_path(root: Path, name: str, inputs: Mapping[str, Any]) -> Path:
+    """Where the stage of these `inputs` lies, finished or not."""
+    return root / "stages" / f"{name}-{fingerprint({'stage': name, **inputs})}"
+
+
+def finished_stage(root: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+    """The finished stage of these `inputs`; NotMade where there is none."""
+    path = stage_path(root, name, inputs)
+    if not (path / MANIFEST).exists():
+        raise NotMade(name)
+    return Stage(path, read_json(path / MANIFEST), reused=True)
+
+
 def stage(
     root: Path,
     name: str,
@@ -88,7 +105,7 @@ def stage(
     `build` fills the directory, resuming what it finds there, and returns the manifest's content; a `cost` entry (gpu
     seconds, tokens, bytes) reaches the ledger. Changing anything in `inputs` names another directory.
     """
-    path = root / "stages" / f"{name}-{fingerprint({'stage': name, **inputs})}"
+    path = stage_path(root, name, inputs)
     if (path / MANIFEST).exists():
         return Stage(path, read_json(path / MANIFEST), reused=True)
     (root / "stages" / ".locks").mkdir(parents=True, exist_ok=True)

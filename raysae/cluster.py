@@ -8,13 +8,11 @@ waits for it (spec of Ray: a GPU pipeline inside a GPU trial never ends).
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-# Before torch is imported: threads that wait for work sleep instead of spinning, so that a model that shares its cores
-# with trials or with the tasks that read does not slow them (and itself) several-fold.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -108,6 +106,24 @@ def place_trials(cpus: float, gpus: int, cpus_per_trial: float, gpus_per_trial: 
 def device() -> torch.device:
     """The device of this worker. Ray sets CUDA_VISIBLE_DEVICES, so device 0 is its own."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def at_once(
+    work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], placement: Placement
+) -> list[tuple[float, Any]]:
+    """`work(*a)` for each `a` of `arguments`, all at once, each in a process with the share of a worker of `placement`.
+
+    Returns, in their order, (seconds from asking until it began, result). The cluster must be connected.
+    """
+    import ray
+
+    def task(asked: float, given: tuple[Any, ...]) -> tuple[float, Any]:
+        began = max(time.time() - asked, 0.0)
+        torch.set_num_threads(placement.threads)
+        return began, work(*given)
+
+    remote = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=0)(task)
+    return ray.get([remote.remote(time.time(), given) for given in arguments])
 
 
 def connect(config: ClusterConfig) -> Cluster:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliImplicitFlag, CliPositionalArg, CliSettingsSource, SettingsConfigDict
 
 from raysae.errors import UserError
 
@@ -303,6 +303,15 @@ class TrackingConfig(Section):
     """Log each trial to this Weights & Biases project (offline without a key)."""
 
 
+class BudgetConfig(Section):
+    device_hours: PositiveFloat | None = None
+    """Most GPU-hours held by all stages, or CPU-hours where there is no GPU; `--plan` projects them."""
+    tokens: PositiveInt | None = None
+    """Most tokens processed by all stages, each SAE's training tokens counted. More is refused before it starts."""
+    gigabytes: PositiveFloat | None = None
+    """Most gigabytes (10^9 bytes) of stages on disk. More is refused before it starts."""
+
+
 class SweepJob(Section):
     """raysae: find the right sparse autoencoder for a language model on a Ray cluster, and show the evidence."""
 
@@ -339,12 +348,17 @@ class SweepJob(Section):
     """Where work runs. Changes no result, so no stage depends on it."""
     tracking: TrackingConfig = TrackingConfig()
     """Experiment trackers beside TensorBoard."""
+    budget: BudgetConfig = BudgetConfig()
+    """What the run may cost, the stages that it takes from earlier runs included; the ledger says what it did cost."""
+    plan: CliImplicitFlag[bool] = False
+    """Project hours, devices, disk and tokens from a short calibration on this machine, print them and stop."""
     require_go: bool = False
     """Exit with status 3 when no SAE passes the gate, so that a pipeline stops."""
 
     def identity(self) -> dict[str, Any]:
-        """What the run's results depend on: all fields but where it runs, what it is called and who is told."""
-        return self.model_dump(mode="json", exclude={"run", "output", "cluster", "tracking", "require_go"})
+        """What the run's results depend on: all but where it runs, what it may cost and who is told."""
+        where_and_who = {"run", "output", "cluster", "tracking", "budget", "plan", "require_go"}
+        return self.model_dump(mode="json", exclude=where_and_who)
 
 
 class ProbeJob(ProbeFields):
@@ -361,6 +375,28 @@ class ProbeJob(ProbeFields):
     it measured the null untrained_model."""
     seed: int = 0
     """Seed of the sample, the shuffled labels, the random SAE and the resamples."""
+
+
+class ReplicateJob(Section):
+    """raysae: run a finished run again from what it recorded, into an empty folder, and compare the two."""
+
+    run: CliPositionalArg[Path]
+    """A run's directory, such as results/<run>; what was found is written there, as replication.json."""
+    output: Path | None = None
+    """Root for the new run and its stages; unset: replications/<run> beside the run. Nothing is reused."""
+    exact: CliImplicitFlag[bool] = False
+    """Exit with 3 unless every bit is the same, as a CPU gives it with the same packages and threads."""
+
+
+class BundleJob(Section):
+    """raysae: put all that an auditor of a run needs into one archive, with the sha256 of each part."""
+
+    run: CliPositionalArg[Path]
+    """A run's directory, such as results/<run>."""
+    to: Path | None = None
+    """The archive, ending in .tar.gz; unset: <run>.tar.gz beside the run."""
+    weights: CliImplicitFlag[bool] = False
+    """Add the SAEs' weights; their hashes are always there."""
 
 
 def load_config(job: type[Job], argv: list[str] | None = None, config: str | Path | None = None) -> Job:

@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from raysae import __version__
 from raysae.artifacts import (
     MANIFEST,
+    NotMade,
     Stage,
     fingerprint,
+    finished_stage,
     link_or_copy,
     read_json,
     sha256_of,
@@ -30,19 +32,21 @@ from raysae.artifacts import (
     write_atomic,
     write_json,
 )
+from raysae.budget import ITEMS, refuse_overspending, spending
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
 from raysae.config import DataConfig, SweepConfig, SweepJob, dump_yaml
 from raysae.data.records import read_records, write_records
 from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits, unseen
 from raysae.data.tokens import tokenize
+from raysae.environment import environment
 from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes
 from raysae.gates.select import choose, decide, pareto_front
 from raysae.gates.waivers import load_waiver, read_basis
-from raysae.models.embedded import N_BLOCKS, N_POSITIONS, train_embedded
+from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts, save_with_random_weights
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
@@ -52,8 +56,10 @@ from raysae.run import Run
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
 from raysae.sae.train import Recipe
+from raysae.schedule import activation_bytes, sae_bytes
 from raysae.sweep.collect import alike, curves, training_table
-from raysae.sweep.space import COEFFICIENT, Common, proposals, recipe
+from raysae.sweep.replay import Replay
+from raysae.sweep.space import COEFFICIENT, Common, Proposal, proposals, recipe
 
 STAGE_VERSIONS = {
     "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 4, "nulls": 1, "null_model": 1, "evaluation": 3,
@@ -94,17 +100,30 @@ class Controls(NamedTuple):
     measured: Stage
 
 
-class Flow:
-    """The stages of one job. Each is a method that returns its finished `Stage`."""
+class Prepared(NamedTuple):
+    """What a run has before its model is asked for anything."""
 
-    def __init__(self, config: SweepJob) -> None:
-        self.config = config
+    records: Stage
+    tokens: Stage
+    away: dict[str, tuple[Stage, Stage]]
+    """Records and tokens of each dataset to transfer to."""
+
+
+class Flow:
+    """The stages of one job. Each is a method that returns its finished `Stage`.
+
+    With a `replay` the sweep trains its points, and stops SAEs where it says, in place of searching and pruning.
+    """
+
+    def __init__(self, config: SweepJob, replay: Replay | None = None) -> None:
+        self.config, self.replay = config, replay
         self.root = output_root(config.output, given="output" in config.model_fields_set)
         self.gate: Gate = load_gate(config.gate)
         self.waiver = load_waiver(config.waiver, self.gate, config.basis) if config.waiver else None
         self.basis = read_basis(config.basis, self.waiver) if config.basis else None
         self.finished: list[Stage] = []
         self._cluster: Cluster | None = None
+        self._only_find = False
         self._fingerprints: dict[str, dict[str, str | None]] = {}
         s = config.sweep
         for field, names, known in (
@@ -121,28 +140,44 @@ class Flow:
 
     def run(self) -> Run:
         """All stages, then the run's directory."""
-        if self.config.model.name != "embedded":
-            self._check_sites(self._facts(self.config.model.name))
-            self._fingerprint(self.config.model.name)
-            self._tokenizer(self.config.model.name)
-        else:
-            self._context_length(N_POSITIONS)
-            order_sites(self.config.capture.sites or (), N_BLOCKS)
+        records, tokens, away = self.prepare()
+        model = self.model()
+        store = self.store(tokens, model)
+        sae_stage = self.saes(store, tokens)
+        nulls = self._own_nulls(sae_stage, store, tokens)
+        validation = self.evaluation("validation", sae_stage, store, tokens, model, nulls)
+        controls = [Controls(nulls, store, validation)]
+        if ELSEWHERE in self.config.evaluation.nulls:
+            controls.append(self._untrained_model(sae_stage, tokens, model))
+        return self._finish(sae_stage, validation, controls, records, store, tokens, model, away)
+
+    def prepare(self) -> Prepared:
+        """What costs seconds: the config's checks, the records, the tokens, and whether the budget is enough."""
+        name = self.config.model.name
+        self._tokenizer(name)
+        if name != "embedded":
+            self._fingerprint(name)
+        self._check_budget()
         say(f"run {self.directory}")
         records = self.records()
         self._check_labels(records)
-        model = self.model()
-        tokens = self.tokens(records, model)
-        away = self._held_out(model, records)
-        store = self.store(tokens, model)
-        sae_stage = self.saes(store, tokens)
-        kinds = self.config.evaluation.nulls
-        nulls = self.nulls([kind for kind in kinds if kind != ELSEWHERE], sae_stage, store, tokens)
-        validation = self.evaluation("validation", sae_stage, store, tokens, model, nulls)
-        controls = [Controls(nulls, store, validation)]
-        if ELSEWHERE in kinds:
-            controls.append(self._untrained_model(sae_stage, tokens, model))
-        return self._finish(sae_stage, validation, controls, records, store, tokens, model, away)
+        tokens = self.tokens(records, name)
+        self._check_budget(tokens)
+        return Prepared(records, tokens, self._held_out(name, records))
+
+    def made(self, tokens: Stage) -> list[Stage]:
+        """Stages after the tokens that are finished already; none after the first that is not."""
+        before, self._only_find = len(self.finished), True
+        try:
+            model = self.model()
+            store = self.store(tokens, model)
+            saes = self.saes(store, tokens)
+            self.evaluation("validation", saes, store, tokens, model, self._own_nulls(saes, store, tokens))
+        except NotMade:
+            pass
+        finally:
+            self._only_find = False
+        return self.finished[before:]
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -202,7 +237,8 @@ class Flow:
             return {"examples": counts, "groups": groups, "left_out": found - len(loaded)}
 
         inputs = data.model_dump(mode="json", exclude={"context_length", "packing"})
-        inputs |= {"seed": self.config.seed, "source_hash": _source_hash(data.path)}
+        source_hash = _source_hash(data.path) if held_out else self.source_hash
+        inputs |= {"seed": self.config.seed, "source_hash": source_hash}
         if apart_from is not None:
             inputs["apart_from"] = apart_from.path.name
         return self._stage(f"{TRANSFER if held_out else ''}records", inputs, build)
@@ -282,10 +318,8 @@ class Flow:
         s, t = self.config.sweep, self.config.training
         opened = Store(store.path)
         widths = {site: opened.d_model(site) for site in opened.sites}
-        ranges, grid = _coefficients(s)
-        plan = proposals(widths, s.architectures, s.expansion_factors, grid if s.search == "grid" else None, s.samples)
-        shared, losses = self._recipe(), self._losses(opened)
-        common = Common(t.learning_rate, t.base_learning_rate, losses, s.l1_units)
+        plan, ranges = self.points(widths), coefficients(s)[0]
+        shared, common = self.recipe(), self.common(opened)
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.sweep.on_ray import PackSearch, run_sweep
@@ -293,10 +327,10 @@ class Flow:
             if store.reused:
                 opened.verify()
             placement = self.cluster.trials()
-            pack_size = s.pack_size if s.pack_size != "auto" else (8 if placement.gpus else 1)
+            pack_size = self.pack_size(placement)
             search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
             trial = self._trial(path, store, tokens)
-            prune = s.prune.margin if s.prune.enabled else None
+            prune = s.prune.margin if s.prune.enabled and not self.replay else None
             grace = max(s.prune.grace_fraction, t.sparsity_warmup_fraction, t.warmup_fraction)
             say(
                 f"sweep: {len(plan) * len(s.seeds)} SAEs of {shared.steps * t.batch_size:,} tokens each, "
@@ -305,6 +339,7 @@ class Flow:
             errors = run_sweep(
                 search, trial, placement, self.config.cluster.max_restarts, prune,
                 grace * shared.steps * t.batch_size, self.config.tracking.wandb_project,
+                self.replay.stops if self.replay else {},
             )  # fmt: skip
             table = training_table(path, errors, opened.rows("train"), shared.dead_after_tokens)
             if not (table["status"] != "error").any():
@@ -321,6 +356,8 @@ class Flow:
             "training": t.model_dump(mode="json"),
             "seed": self.config.seed,
         }
+        if self.replay:
+            inputs["replay"] = self.replay.fingerprint
         return self._stage("sweep", inputs, build)
 
     def nulls(self, kinds: Sequence[str], saes: Stage, store: Stage, tokens: Stage) -> Stage:
@@ -345,7 +382,7 @@ class Flow:
                 spent.update({key: spent[key] + value for key, value in held.items()})
                 spent["tokens"] += trial.recipe.steps * trial.recipe.batch_size * sum(map(len, packs.values()))
 
-            beside, losses = nulls.peers(saes.path), self._losses(Store(store.path))
+            beside, losses = nulls.peers(saes.path), self.common(Store(store.path)).losses
             trial = self._trial(path, store, tokens)
             made = nulls.build(path, kinds, beside, trial, losses, self.config.seed, train)
             for name in (name for name, found in made.items() if not found["made"]):
@@ -354,6 +391,9 @@ class Flow:
 
         inputs = {"sweep": saes.path.name, "store": store.path.name, "kinds": list(kinds), "seed": self.config.seed}
         return self._stage("nulls", inputs, build)
+
+    def _own_nulls(self, saes: Stage, store: Stage, tokens: Stage) -> Stage:
+        return self.nulls([kind for kind in self.config.evaluation.nulls if kind != ELSEWHERE], saes, store, tokens)
 
     def _untrained_model(self, saes: Stage, tokens: Stage, model: str) -> Controls:
         """SAEs of the model with random weights: its own store, its own nulls, measured on its own activations."""
@@ -601,6 +641,57 @@ class Flow:
         return self._stage("features", inputs, build)
 
     # ------------------------------------------------------------------------------------------------------------------
+    # What the sweep trains
+
+    def points(self, widths: Mapping[str, int]) -> list[Proposal]:
+        """The plan of the sweep over sites of these widths (d_in by site)."""
+        if self.replay:
+            return list(self.replay.plan)
+        s = self.config.sweep
+        grid = coefficients(s)[1] if s.search == "grid" else None
+        return proposals(widths, s.architectures, s.expansion_factors, grid, s.samples)
+
+    def widths(self) -> dict[str, int]:
+        """d_in of each site, from the model's config alone."""
+        facts = self._facts(self.config.model.name)
+        return {site: facts.width(site) for site in self._check_sites(facts)}
+
+    def recipe(self) -> Recipe:
+        """How each SAE is trained."""
+        t = self.config.training
+        return recipe(
+            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.sparsity_warmup_fraction, t.dead_after_tokens,
+            t.resample_at, t.precision,
+        )  # fmt: skip
+
+    def common(self, store: Any) -> Common:
+        """What its SAEs have in common; `store` tells how many labels a probe in the loss has."""
+        t = self.config.training
+        classes = store.label_count("train", t.losses.probe_label) if t.losses.probe > 0 else 0
+        losses = Losses(**t.losses.model_dump(exclude={"probe_label"}), probe_classes=classes)
+        units = "unit_norm" if self.replay else self.config.sweep.l1_units  # a replay's are converted
+        return Common(t.learning_rate, t.base_learning_rate, losses, units)
+
+    def trial(self, store: Path, shared: Recipe, rungs: int, root: Path, metadata: dict[str, Any]) -> Any:
+        """What its trials share, writing below `root`."""
+        from raysae.sweep.trial import Start, Trial
+
+        t = self.config.training
+        label = t.losses.probe_label if t.losses.probe > 0 else None
+        start = Start(t.b_dec, t.initialisation == "rows")
+        return Trial(store, shared, rungs, self.config.seed, root, metadata, start, label, t.losses.temporal > 0)
+
+    def _trial(self, root: Path, store: Stage, tokens: Stage) -> Any:
+        """The same for the SAEs and nulls of a run."""
+        metadata = self._saelens_metadata(store, tokens.manifest["context_length"])
+        return self.trial(store.path, self.recipe(), self.config.training.rungs, root, metadata)
+
+    def pack_size(self, placement: Placement) -> int:
+        """SAEs in a trial."""
+        size = self.config.sweep.pack_size
+        return size if size != "auto" else (8 if placement.gpus else 1)
+
+    # ------------------------------------------------------------------------------------------------------------------
     # The run's directory
 
     def _finish(
@@ -657,11 +748,12 @@ class Flow:
             for i in self._with_features(table, decision)
         }
 
-        directory = self.directory
+        directory, ledger = self.directory, self._ledger()
         directory.mkdir(parents=True, exist_ok=True)
-        if Run(directory).report.exists() and all(s.reused for s in self.finished):
-            return Run(directory)
-        write_json(directory / "identity.json", self._identity())
+        there = Run(directory)
+        if there.report.exists() and all(s.reused for s in self.finished) and _limits(there.ledger) == _limits(ledger):
+            return there
+        write_json(directory / "identity.json", self.identity())
         write_atomic(directory / "config.yaml", lambda path: path.write_text(dump_yaml(self.config)))
         write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
         write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
@@ -685,7 +777,8 @@ class Flow:
         (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
         write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
         write_json(directory / "nulls.json", nulls)
-        write_json(directory / "ledger.json", self._ledger())
+        write_json(directory / "environment.json", environment())
+        write_json(directory / "ledger.json", ledger)
         write_json(directory / "decision.json", decision)
         write_report(directory)
         return Run(directory)
@@ -705,16 +798,35 @@ class Flow:
             | {key: s.manifest["cost"].get(key, 0) for key in keys}
             for s in self.finished
         ]
-        return {"stages": stages, "total": {key: sum(s[key] for s in stages) for key in keys}}
+        total = {key: sum(s[key] for s in stages) for key in keys}
+        return {"stages": stages, "total": total, "budget": spending(stages, self.config.budget.model_dump())}
+
+    def _check_budget(self, tokens: Stage | None = None) -> None:
+        """Refuse a run that is certain to ask for more than its budget: by its SAEs alone, then with its tokens too.
+
+        What is left out is what has to be measured (device-hours, the training of the embedded model) and what is small
+        (row columns, tables): `--plan` projects those. Pruning may save some, which nobody can promise.
+        """
+        c, limits, widths = self.config, self.config.budget.model_dump(), self.widths()
+        points, seeds, shared = self.points(widths), len(c.sweep.seeds), self.recipe()
+        trained = len(points) * seeds * shared.steps * shared.batch_size
+        saes = sum(sae_bytes(widths[p.site], round(p.expansion_factor * widths[p.site])) for p in points) * seeds
+        what = f"{len(points) * seeds} SAEs"
+        if tokens is not None:
+            rows = tokens.manifest["rows"]
+            trained += 2 * sum(rows.values()) + rows["validation"]  # tokenized, captured, measured
+            saes += activation_bytes(sum(rows.values()), list(widths.values()), c.capture.dtype)
+            what += f" and the activations of {sum(rows.values()):,} tokens"
+        refuse_overspending({"tokens": trained, "gigabytes": saes / 1e9}, limits, what)
 
     @cached_property
     def directory(self) -> Path:
         """`<output>/<run>`."""
         c = self.config
-        name = c.run or f"{Path(c.model.name).name}-{c.data.source}-{fingerprint(self._identity(), 8)}"
+        name = c.run or f"{Path(c.model.name).name}-{c.data.source}-{fingerprint(self.identity(), 8)}"
         return self.root / name
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What the run's results depend on: its config but for where it runs, and what gate, waiver and basis say."""
         waiver = self.waiver.model_dump(mode="json") if self.waiver else None
         content = {"gate": self.gate.model_dump(mode="json"), "waiver": waiver, "basis": self.basis}
@@ -724,7 +836,7 @@ class Flow:
         """Refuse a run directory that belongs to another config."""
         file = self.directory / "identity.json"
         if file.exists():
-            if read_json(file) != self._identity():
+            if read_json(file) != self.identity():
                 raise UserError(
                     f"run: {self.directory} belongs to another config or gate; give another --run, or leave it unset"
                 )
@@ -736,7 +848,10 @@ class Flow:
 
     def _stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Stage:
         version = STAGE_VERSIONS[name if name in STAGE_VERSIONS else name.removeprefix(TRANSFER)]
-        made = stage(self.root, name, {"version": version, **inputs}, build, say)
+        inputs = {"version": version, **inputs}
+        made = (
+            finished_stage(self.root, name, inputs) if self._only_find else stage(self.root, name, inputs, build, say)
+        )
         self.finished.append(made)
         return made
 
@@ -774,7 +889,8 @@ class Flow:
 
     def _facts(self, model: str) -> ModelFacts:
         m = self.config.model
-        facts = model_facts(model, self._revision(model), m.trust_remote_code)
+        own = model == "embedded"
+        facts = embedded_facts() if own else model_facts(model, self._revision(model), m.trust_remote_code)
         self._context_length(facts.context_length)
         return facts
 
@@ -812,7 +928,14 @@ class Flow:
         m = self.config.model
         if m.tokenizer is not None:
             return load_tokenizer(m.tokenizer, None, m.trust_remote_code)
+        if model == "embedded":
+            return build_tokenizer()
         return load_tokenizer(model, m.revision, m.trust_remote_code)
+
+    @cached_property
+    def source_hash(self) -> str | None:
+        """Of the run's own data."""
+        return _source_hash(self.config.data.path)
 
     def _saelens_metadata(self, store: Stage, context_length: int) -> dict[str, Any]:
         return {
@@ -825,43 +948,6 @@ class Flow:
             "raysae_version": __version__,
             "raysae_store": store.path.name,
         }
-
-    # What trials of the sweep and of the nulls share
-
-    def _recipe(self) -> Recipe:
-        t = self.config.training
-        return recipe(
-            t.tokens, t.batch_size, t.warmup_fraction, t.decay_fraction, t.sparsity_warmup_fraction, t.dead_after_tokens,
-            t.resample_at, t.precision,
-        )  # fmt: skip
-
-    def _losses(self, store: Any) -> Losses:
-        given, label = self.config.training.losses, self._label
-        classes = store.label_count("train", label) if label else 0
-        return Losses(**given.model_dump(exclude={"probe_label"}), probe_classes=classes)
-
-    @property
-    def _label(self) -> str | None:
-        """Row column that the probe among the losses reads."""
-        losses = self.config.training.losses
-        return losses.probe_label if losses.probe > 0 else None
-
-    def _trial(self, root: Path, store: Stage, tokens: Stage) -> Any:
-        """How every SAE that reads `store` is trained, with its files below `root`."""
-        from raysae.sweep.trial import Start, Trial
-
-        t = self.config.training
-        return Trial(
-            store.path,
-            self._recipe(),
-            t.rungs,
-            self.config.seed,
-            root,
-            self._saelens_metadata(store, tokens.manifest["context_length"]),
-            Start(t.b_dec, t.initialisation == "rows"),
-            self._label,
-            t.losses.temporal > 0,
-        )
 
 
 class _CaptureWork:
@@ -923,7 +1009,7 @@ def _source_hash(given: str | None) -> str | None:
     return fingerprint([(p.name, sha256_of(p)) for p in files])
 
 
-def _coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], dict[str, Sequence[float]]]:
+def coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], dict[str, Sequence[float]]]:
     """(ranges for Optuna, values of a grid) of the sparsity coefficient, by architecture."""
     ranges: dict[str, tuple[float, float]] = {
         "l1_coefficient": sweep.l1_range,
@@ -941,6 +1027,12 @@ def _coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], d
         {a: sweep.ranges.get(a, ranges[COEFFICIENT[a]]) for a in sweep.architectures},
         {a: sweep.coefficients.get(a, values[COEFFICIENT[a]]) for a in sweep.architectures},
     )
+
+
+def _limits(ledger: Mapping[str, Any]) -> list[float | None]:
+    """The budget that a ledger was held against."""
+    budget = ledger.get("budget") or {}
+    return [budget.get(item, {}).get("limit") for item in ITEMS]
 
 
 def _held(cpus: float, gpus: float) -> Callable[[float], dict[str, float]]:

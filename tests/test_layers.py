@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "raysae"
-GROUND = ("errors", "config", "artifacts", "progress", "cluster")
+GROUND = ("errors", "config", "artifacts", "progress", "cluster", "budget", "environment")
 LAYERS = (
     "data",
     "models",
@@ -20,7 +20,12 @@ LAYERS = (
     "report",
     "run",
     "job",
+    "schedule",
+    "calibrate",
+    "bundle",
     "flow",
+    "planning",
+    "replicate",
 )  # upwards
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, P
 
 from raysae.data.arithmetic import TOKEN_PATTERN, ArithmeticProblem, answer_value, generate, vocabulary
 from raysae.errors import UserError
+from raysae.models.host import ModelFacts
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
-N_BLOCKS = 4
+N_BLOCKS, D_MODEL, N_HEADS = 4, 64, 4
+STEPS, BATCH_SIZE, LEARNING_RATE, N_EVALUATED = 1400, 20, 0.03, 256
 N_POSITIONS = 160
 """Longest sequence of the model, in tokens; problems have 85 on average and fewer than 128."""
 MAX_ANSWER_TOKENS = 80
@@ -50,13 +53,13 @@ def train_embedded(
     seed: int = 0,
     progress: Progress | None = None,
     *,
-    d_model: int = 64,
+    d_model: int = D_MODEL,
     n_layers: int = N_BLOCKS,
-    n_heads: int = 4,
-    steps: int = 1400,
-    batch_size: int = 20,
-    learning_rate: float = 0.03,
-    n_evaluated: int = 256,
+    n_heads: int = N_HEADS,
+    steps: int = STEPS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
+    n_evaluated: int = N_EVALUATED,
 ) -> dict[str, Any]:
     """Train the embedded model from scratch, measure it on held-out problems and save it to `out_dir`.
 
@@ -85,6 +88,30 @@ def train_embedded(
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)
     return facts
+
+
+def embedded_facts() -> ModelFacts:
+    """Sizes of the embedded model, which need not have been trained for it."""
+    return ModelFacts(N_BLOCKS, D_MODEL, 4 * D_MODEL, len(build_tokenizer()), N_POSITIONS)
+
+
+def trial_of_training(out_dir: Path, seed: int, steps: int = 24) -> tuple[float, int]:
+    """(seconds, tokens) that `train_embedded` would take, from a few of its steps and one batch of answers; the model as
+    it is before training goes to `out_dir`."""
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(tokenizer, D_MODEL, N_BLOCKS, N_HEADS)
+        model.save_pretrained(out_dir)
+        tokenizer.save_pretrained(out_dir)
+        marks: list[float] = []
+        _, tokens = train(
+            model, tokenizer, seed, steps, BATCH_SIZE, LEARNING_RATE, lambda *_: marks.append(time.perf_counter())
+        )
+    per_step = median(after - before for before, after in pairwise(marks))  # the first steps, and hiccups, do not count
+    start = time.perf_counter()
+    answer_accuracy(model, tokenizer, list(generate(N_EVALUATED, seed, "held_out")))
+    return per_step * STEPS + time.perf_counter() - start, round(tokens / steps * STEPS)
 
 
 def train(

@@ -20,6 +20,7 @@ from raysae.artifacts import read_json, write_atomic
 from raysae.errors import UserError
 from raysae.gates.waivers import in_words
 from raysae.report import figures, nulls, probes, risk, sae_page, stability
+from raysae.report.budget import budget_rows
 from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -89,6 +90,7 @@ def write_report(run_dir: Path) -> Path:
         stability=stability.section(run_dir),
         risk=risk.section(run_dir, lead),
         ledger=ledger,
+        budget=budget_rows(ledger),
         evaluation=config.get("evaluation") or {},
         dead_windows=sorted(int(tokens) for tokens in table["dead_window_tokens"].dropna().unique()),
         config_text=config_text,

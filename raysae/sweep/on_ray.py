@@ -33,6 +33,7 @@ from raysae.sae.architectures import COEFFICIENTS, SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.train import Member
 from raysae.sweep.prune import Standing, reason_to_stop
+from raysae.sweep.replay import Stop
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, members
 from raysae.sweep.trial import Rung, Trial, train_pack
 
@@ -205,7 +206,14 @@ class SweepProgress(Callback):
         self.seen[trial.trial_id] = max(total, self.seen[trial.trial_id])
 
 
-def run_trial(config: dict[str, Any], trial: Trial, threads: int, margin: float | None, after_tokens: float) -> None:
+def run_trial(
+    config: dict[str, Any],
+    trial: Trial,
+    threads: int,
+    margin: float | None,
+    after_tokens: float,
+    stops: Mapping[str, Stop] | None = None,
+) -> None:
     """Tune's trainable: one pack from its checkpoint, if it has one, to the end."""
     torch.set_num_threads(threads)
     pack = [
@@ -222,8 +230,11 @@ def run_trial(config: dict[str, Any], trial: Trial, threads: int, margin: float 
         with tempfile.TemporaryDirectory() as directory:
             rung.save(Path(directory))
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(directory))
+        due = {i: s.reason for i, s in (stops or {}).items() if i in rung.metrics and rung.tokens >= s.tokens}
+        if due:
+            _note_pruned(trial.root, due)
         if len(rung.metrics) == 1 or margin is None or rung.tokens < after_tokens:
-            return []
+            return due
         standings = _standings(rung.metrics)
         reasons = {s.sae_id: reason_to_stop(s, standings, margin) for s in standings}
         stopped = {sae_id: reason for sae_id, reason in reasons.items() if reason}
@@ -248,11 +259,20 @@ def run_sweep(
     prune_margin: float | None,
     prune_after_tokens: float,
     wandb_project: str | None = None,
+    stops: Mapping[str, Stop] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run (or take up again) the sweep; returns {sae_id: {facts, message}} of SAEs whose trial failed for good."""
+    """Run (or take up again) the sweep; returns {sae_id: {facts, message}} of SAEs whose trial failed for good.
+
+    `stops`, of a replay, say which SAEs are stopped after how many tokens, in place of `prune_margin`.
+    """
     trainable = tune.with_resources(
         tune.with_parameters(
-            run_trial, trial=trial, threads=placement.threads, margin=prune_margin, after_tokens=prune_after_tokens
+            run_trial,
+            trial=trial,
+            threads=placement.threads,
+            margin=prune_margin,
+            after_tokens=prune_after_tokens,
+            stops=stops,
         ),
         {"cpu": placement.cpus, "gpu": placement.gpus},
     )
