@@ -76,6 +76,7 @@ for name in ("ray", "pydantic", "pydantic_settings", "optuna", "wandb"):
     sys.modules[name] = None
 import raysae.sae.train, raysae.sae.formats, raysae.activations.store, raysae.activations.capture
 import raysae.models.host, raysae.models.embedded, raysae.data.tokens, raysae.sweep.trial, raysae.evaluate.fidelity
-import raysae.evaluate.probes, raysae.evaluate.features
+import raysae.evaluate.probes, raysae.evaluate.features, raysae.evaluate.nulls, raysae.evaluate.stability
+import raysae.evaluate.transfer, raysae.evaluate.risk, raysae.evaluate.invariance
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

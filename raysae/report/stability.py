@@ -30,8 +30,8 @@ def configuration(entry: Mapping[str, Any]) -> dict[str, Any]:
     pairs = len(entry["pairs"])
     cells = [
         _cell("stability_mmcs", entry, "mmcs", f"{pairs} pair{'s' if pairs > 1 else ''}"),
-        _cell("stability_recurring_fraction", entry, "recurring_fraction", "seeds"),
-        _cell("stability_recurring_variance", entry, "recurring_variance", "seeds"),
+        _cell("stability_recurring_fraction", entry, "recurring_fraction"),
+        _cell("stability_recurring_variance", entry, "recurring_variance"),
     ]
     for cell, name in zip(cells[1:], ("recurring_closely_fraction", "recurring_closely_variance"), strict=True):
         cell["closely"] = show("stability_recurring_fraction", entry[name])
@@ -50,12 +50,12 @@ def configuration(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cell(column: str, entry: Mapping[str, Any], name: str, over: str) -> dict[str, str]:
+def _cell(column: str, entry: Mapping[str, Any], name: str, over: str = "") -> dict[str, str]:
     least, largest = (show(column, entry[f"{name}_{end}"]) for end in ("least", "largest"))
     null = entry[f"{name}_null"]
     return {
         "value": show(column, entry[name]),
-        "range": f"{least}–{largest} over {over}",
+        "range": f"{least}–{largest}" + (f" over {over}" if over else ""),
         "null": show(column, null) if is_number(null) else "–",
         "closely": "",
     }

@@ -28,6 +28,16 @@ def test_names_change_throughout_and_stay_in_the_corpus():
     assert changed == TEXT.replace("Anna", anna).replace("Ben", ben)
 
 
+def test_two_people_stay_two():
+    """A new name is never one that the text has already, nor one that another of its names became."""
+    crowd = problem("Mia met Zoe, Zoe met Ada.")
+    pools = (("Ada", "Mia", "Uma", "Vera", "Zoe"), ())
+    for seed in range(20):
+        changed = reword(crowd, "names", pools, seed).question
+        words = re.findall(r"[A-Z][a-z]+", changed)
+        assert len({*words}) == 3 and {"Uma", "Vera"} <= {*words} and len({*words} & {"Mia", "Zoe", "Ada"}) == 1
+
+
 def test_numbers_change_throughout_and_keep_their_digits():
     changed = reword(problem(), "numbers", POOLS, 0).question
     (one, two) = re.findall(r"has (\d+) apples.*gives (\d+) to", changed)[0]

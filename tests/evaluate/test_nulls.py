@@ -123,7 +123,7 @@ def test_the_widest_with_the_median_coefficient_is_compared():
     table = pd.DataFrame(
         [
             *(row(f"k{k}-s{s}", "topk", 64, k, s) for k in (4, 32, 8, 16) for s in (1, 0)),
-            row("narrow", "topk", 32, 8), row("gone", "topk", 128, 8, status="pruned"),
+            *(row(f"narrow{k}", "topk", 32, k) for k in (64, 128)), row("gone", "topk", 128, 8, status="pruned"),
             row("there", "topk", 8, 2, site="t"),
             *(row(f"l{c}", "relu", 64, c) for c in (0.1, 0.5, 0.2)),
         ]

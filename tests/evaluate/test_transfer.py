@@ -10,8 +10,8 @@ from raysae.evaluate import transfer
 from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS
 
 
-def place(root, error, delta, seed, groups=80):
-    """A dataset on which FVU is about `error`, variance about the store's mean being twice that about the rows' own."""
+def place(root, error, delta, seed, groups=80, shifted=200.0):
+    """A dataset on which FVU is about `error`; a group's variance is 100 about the mean, `shifted` about the store's."""
     rng = np.random.default_rng(seed)
     root.mkdir()
     rows, metrics = [], {}
@@ -20,7 +20,7 @@ def place(root, error, delta, seed, groups=80):
         sums |= {
             "rows": np.full(groups, 10.0),
             "scored": np.full(groups, 9.0),
-            "squared_shifted": np.full(groups, 200.0),
+            "squared_shifted": np.full(groups, shifted),
         }
         sums["squared_error"] = factor * error * 100 * rng.uniform(0.8, 1.2, groups)
         sums |= {"nll_clean": np.full(groups, 9.0), "nll_zero": np.full(groups, 40.0)}
@@ -42,7 +42,7 @@ def place(root, error, delta, seed, groups=80):
 
 
 def test_the_ratio_and_its_interval(tmp_path):
-    home, away = place(tmp_path / "home", 0.1, 0.2, 0), place(tmp_path / "away", 0.15, 0.2, 1)
+    home, away = place(tmp_path / "home", 0.1, 0.2, 0), place(tmp_path / "away", 0.15, 0.2, 1, shifted=400.0)
     found = transfer.compare(["one"], home, away, 500, 0.95, 0)["one"]
     fvu = found["fvu"]
     assert fvu["ratio"] == pytest.approx(away[2]["one"]["fvu"] / home[2]["one"]["fvu"])
@@ -51,6 +51,13 @@ def test_the_ratio_and_its_interval(tmp_path):
     expected = 2 * 1.96 * fvu["ratio"] * np.sqrt(2) * 0.4 / np.sqrt(12) / np.sqrt(80)
     assert fvu["ratio_high"] - fvu["ratio_low"] == pytest.approx(expected, rel=0.25)
     assert found["n_rows"] == 800 and (fvu["home"], fvu["away"]) == (home[2]["one"]["fvu"], away[2]["one"]["fvu"])
+
+
+def test_the_datasets_are_drawn_independently(tmp_path):
+    """Even equal ones: a ratio of two samples is not known to be 1."""
+    home = place(tmp_path / "home", 0.1, 0.2, 0)
+    fvu = transfer.compare(["one"], home, home, 500, 0.95, 0)["one"]["fvu"]
+    assert fvu["ratio"] == 1 and fvu["ratio_low"] < 0.99 and fvu["ratio_high"] > 1.01
 
 
 def test_no_ratio_to_what_may_be_zero(tmp_path):
