@@ -28,9 +28,7 @@ SEARCHED = {"search": "optuna", "samples": 2, "prune": {"enabled": True, "grace_
 @pytest.fixture(scope="module")
 def run(ray_cluster, arithmetic_model, tmp_path_factory) -> raysae.Run:
     """A search with pruning: what it proposed and what it stopped hung on which trial reported first."""
-    found = raysae.sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("results"), sweep=SEARCHED))
-    # Whether anything was pruned was chance too; the replay must stop what the table says was stopped.
-    return found
+    return raysae.sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("results"), sweep=SEARCHED))
 
 
 @pytest.fixture
@@ -38,6 +36,16 @@ def copy(run, tmp_path):
     """The run and its stages, to be altered."""
     shutil.copytree(run.path.parent, tmp_path / "results", symlinks=True)
     return raysae.Run.open(tmp_path / "results" / run.path.name)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """What should be refused before anything runs fails at once where it is not."""
+
+    def run(self):
+        raise AssertionError("the replication has started")
+
+    monkeypatch.setattr(Flow, "run", run)
 
 
 def alter(run: raysae.Run, sae: int, **values) -> raysae.Run:
@@ -126,7 +134,7 @@ def test_what_is_not_a_metric_counts_too(run, copy, change):
     assert compare(run, raysae.Run.open(copy.path))["outcome"] == expected
 
 
-def test_changed_data_is_refused_before_anything_runs(copy, arithmetic_model, tmp_path):
+def test_changed_data_is_refused_before_anything_runs(nothing_runs, copy, arithmetic_model, tmp_path):
     source = tmp_path / "texts.txt"
     source.write_text("one text\n\nanother text\n")
     values = small_values(
@@ -145,7 +153,7 @@ def test_changed_data_is_refused_before_anything_runs(copy, arithmetic_model, tm
     assert not (copy.path.parent / "replications").exists() and not (copy.path / "replication.json").exists()
 
 
-def test_another_gate_is_refused(copy):
+def test_another_gate_is_refused(nothing_runs, copy):
     identity = read_json(copy.path / "identity.json")
     identity["gate"]["criteria"][0]["threshold"] = 0.5
     write_json(copy.path / "identity.json", identity)
@@ -153,7 +161,7 @@ def test_another_gate_is_refused(copy):
         replicate(copy)
 
 
-def test_a_folder_with_something_in_it_is_refused(copy, tmp_path):
+def test_a_folder_with_something_in_it_is_refused(nothing_runs, copy, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     with pytest.raises(UserError, match=r"output: .*full is not empty"):
@@ -225,6 +233,7 @@ def test_another_budget_reaches_the_ledger_of_a_finished_run(copy, arithmetic_mo
     assert budget["gigabytes"]["activations"] > 0 and budget["device_hours"]["spent"] > 0
 
 
+@pytest.mark.slow
 def test_a_plan_projects_the_exact_counts_and_leaves_no_trace_of_a_run(ray_cluster, run, arithmetic_model, tmp_path):
     changed = {"sweep": SEARCHED, "budget": {"tokens": 10**7}}
     made = plan(small_job(arithmetic_model, tmp_path, **changed))
