@@ -48,6 +48,10 @@ class Placement:
     threads: int
     """torch threads of a worker."""
 
+    def held(self, seconds: float) -> dict[str, float]:
+        """CPU- and GPU-seconds that all workers hold together in so many seconds."""
+        return {"cpu_seconds": seconds * self.workers * self.cpus, "gpu_seconds": seconds * self.workers * self.gpus}
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -25,11 +25,12 @@ from raysae.budget import spending
 from raysae.calibrate import HostWork, calibrate_training
 from raysae.cluster import at_once
 from raysae.config import SweepJob
-from raysae.flow import Flow, coefficients
+from raysae.flow import Flow
 from raysae.models.embedded import trial_of_training
 from raysae.progress import say
 from raysae.sae.train import Member
 from raysae.schedule import Entry, Kind, Rates, SAERates, Work, capture_entry, evaluation_entry, in_words, sweep_entry
+from raysae.stages import coefficients
 from raysae.sweep.space import Common, Proposal, members
 
 

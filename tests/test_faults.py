@@ -149,9 +149,9 @@ def test_a_lost_node(undisturbed, arithmetic_model, tmp_path):
 
 
 def test_a_block_that_always_kills_its_host_fails_with_its_name(ray_cluster, arithmetic_model, tmp_path, monkeypatch):
-    import raysae.flow
+    import raysae.stages
 
-    real = raysae.flow._CaptureWork
+    real = raysae.stages._CaptureWork
 
     class Deadly(real):
         def __call__(self, host, block):
@@ -159,9 +159,9 @@ def test_a_block_that_always_kills_its_host_fails_with_its_name(ray_cluster, ari
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(host, block)
 
-    monkeypatch.setattr(raysae.flow, "_CaptureWork", Deadly)
+    monkeypatch.setattr(raysae.stages, "_CaptureWork", Deadly)
     with pytest.raises(CaptureError, match=r"train-00001-\w+ killed its host 2 times"):
         raysae.sweep(small_job(arithmetic_model, tmp_path, cluster={"max_restarts": 1}))
     assert not list(tmp_path.glob("stages/store-*/manifest.json"))
-    monkeypatch.setattr(raysae.flow, "_CaptureWork", real)
+    monkeypatch.setattr(raysae.stages, "_CaptureWork", real)
     assert rows_of(raysae.sweep(small_job(arithmetic_model, tmp_path)).path.parent)

@@ -23,6 +23,8 @@ LAYERS = (
     "schedule",
     "calibrate",
     "bundle",
+    "stages",
+    "evidence",
     "flow",
     "planning",
     "replicate",
