@@ -414,6 +414,7 @@ def test_seeds_transfer_and_risk_are_measured(ray_cluster, arithmetic_model, tmp
     run = raysae.sweep(small_job(
         arithmetic_model, tmp_path / "results", gate=str(gate), transfer={"away": {"source": "gsm8k", "path": str(away)}},
         sweep={"architectures": ["topk"], "expansion_factors": [2], "seeds": [0, 1, 2]}, evaluation={"invariance": 9},
+        capture={"rows_per_shard": 40_000}, training={"tokens": 20_000, "rungs": 2},
     ))  # fmt: skip
     assert run.go, run.decision["reason"]  # the control has the null's stability, so it fails and the gate stands
     (control,) = run.decision["controls"].values()
