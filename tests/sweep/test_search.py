@@ -146,3 +146,20 @@ def test_running_out_of_memory_is_reported_by_a_pack_and_raised_by_one_sae(monke
     assert reported == [{"out_of_memory": True, "final": True}]
     with pytest.raises(torch.OutOfMemoryError):
         on_ray.run_trial(config | {"members": config["members"][:1]}, None, torch.get_num_threads(), None, 0.0)
+
+
+def test_a_pack_of_nulls_that_does_not_fit_is_trained_in_halves(monkeypatch):
+    trained = []
+
+    def train_pack(trial, site, pack, report, device):
+        if len(pack) > most:
+            raise torch.OutOfMemoryError("too much")
+        trained.append("".join(pack))
+
+    monkeypatch.setattr(on_ray, "train_pack", train_pack)
+    most = 2
+    on_ray.train_whole(None, "s", list("abcde"))
+    assert trained == ["ab", "c", "de"]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        on_ray.train_whole(None, "s", ["a"])
