@@ -64,9 +64,8 @@ def _run_files(folder: Path, weights: bool) -> dict[str, Path]:
     found = {}
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
-        linked = any((folder / Path(*relative.parts[: i + 1])).is_symlink() for i in range(len(relative.parts)))
         wanted = weights or relative.parts[0] != "saes" or file.suffix != ".safetensors"
-        if wanted and file.is_file() and not linked and not file.name.endswith(".tmp"):
+        if wanted and file.is_file() and not file.is_symlink() and not file.name.endswith(".tmp"):
             found[relative.as_posix()] = file
     return found
 

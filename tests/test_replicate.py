@@ -197,14 +197,16 @@ def test_the_bundle_holds_what_an_auditor_needs_with_its_hashes(run, tmp_path):
     assert not content["environment.json"].startswith(b"{}") and json.loads(content["environment.json"])["packages"]
 
 
-def test_the_same_run_gives_the_same_bundle(run, copy, tmp_path):
-    """Whatever the times of its files are, and with weights where they are asked for."""
+def test_the_same_run_gives_the_same_bundle(run, copy, tmp_path, monkeypatch):
+    """Whatever the time, its files' times and links to elsewhere are; with weights only where they are asked for."""
     one = bundle(run, tmp_path / "one.tar.gz")
+    monkeypatch.setattr("time.time", lambda: 1e9)
     for file in sorted(copy.path.rglob("*"), reverse=True):
         if file.is_file():
             content = file.read_bytes()
             file.unlink()
             file.write_bytes(content)
+    (copy.path / "elsewhere.txt").symlink_to(__file__)
     two = bundle(copy, tmp_path / "two.tar.gz")
     assert one.read_bytes() == two.read_bytes()
     with tarfile.open(bundle(run, tmp_path / "weights.tar.gz", weights=True)) as archive:
