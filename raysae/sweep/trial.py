@@ -59,7 +59,7 @@ class Trial:
     """Of the sweep: finished SAEs go to `saes/<sae_id>/`, each rung's metrics to `history/<sae_id>.jsonl`."""
     metadata: dict[str, Any]
     """SAELens metadata of every SAE: model_name, context_size, ..."""
-    start: Start = field(default_factory=lambda: Start())
+    start: Start = field(default_factory=Start)
     label: str | None = None
     """Row column that a probe-guided loss reads."""
     neighbours: bool = False
