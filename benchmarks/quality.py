@@ -6,8 +6,8 @@ Rows are blocks.2.resid_post (d_model 64) of the test data's stories260K on Tiny
 of them (`results/stages/store-*` after `jobs/sweep_sae.py --config configs/stories260k.yaml`), else they are captured
 here. Every SAE has d_sae 1024 and sees the same batches of 2048 training rows.
 
-- Recipe: each library's own input scale, start and loss, and its shares of warm-up and decay. Learning rates: three or
-  four, its own default among them; the best one on validation rows counts. SAELens' JumpReLU
+- Recipe: each library's own input scale, start and loss, and its shares of warm-up and decay. Learning rates: up to
+  six, its own default among them; the best one on validation rows counts. SAELens' JumpReLU
   is compared loss by loss: quadratic, step, tanh.
 - L0: with seed 0 the sparsity setting is adjusted until L0 is within 3 % of 16, in up to three runs; then every seed
   runs at the setting so found. FVU is read off at L0 = 16 exactly, log FVU taken as linear in log L0 with the slope
@@ -55,10 +55,11 @@ TARGET, DEAD_TARGET = 16.0, 5.0
 CLOSE, REACHED = 0.03, 0.2
 """Distance of L0 from the target at which the search ends, and beyond which nothing is compared."""
 WIDTH = math.sqrt(2**14 / D_SAE)  # learning rates are stated at d_sae 16384 and go with its inverse root
+HIGHER = (5e-4, 1e-3, 2e-3, 3e-3, 4e-3)
 RATES = {
-    "raysae": (2e-4 * WIDTH, 5e-4 * WIDTH, 1e-3 * WIDTH, 2e-3 * WIDTH),  # the first is its default
-    "SAELens": (3e-4, 5e-4 * WIDTH, 1e-3 * WIDTH, 2e-3 * WIDTH),
-    "dictionary_learning": (3e-4, 5e-4 * WIDTH, 1e-3 * WIDTH, 2e-3 * WIDTH),
+    "raysae": (2e-4 * WIDTH, *(rate * WIDTH for rate in HIGHER)),  # the first is its default
+    "SAELens": (3e-4, *(rate * WIDTH for rate in HIGHER)),
+    "dictionary_learning": (3e-4, *(rate * WIDTH for rate in HIGHER)),
     "sparsify": (1e-3 * WIDTH, 2e-3 * WIDTH, 5e-3 * WIDTH),  # the last is its default
 }
 SHARES = {  # of the steps: warm-up, decay, sparsity warm-up
@@ -164,7 +165,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--architectures", nargs="+", default=list(START), choices=list(START))
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each SAE")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=int, default=4, help="learning rates tried, from the largest")
+    parser.add_argument("--rates", type=int, default=6, help="learning rates tried, from the largest")
     parser.add_argument("--jobs", type=int, default=common.cores(), help="processes, of one thread each")
     parser.add_argument("--quick", action="store_true", help="ReLU and TopK, 150k tokens, one seed and learning rate")
     args = parser.parse_args()
