@@ -301,7 +301,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
     prose = tmp_path / "prose.txt"
     prose.write_text("\n\n".join(f"number {n} and some words" for n in range(8)))
     unmeasured = tmp_path / "unmeasured.yaml"
-    unmeasured.write_text(GATE.read_text() + "    must_beat: pca\n")
+    unmeasured.write_text(GATE.read_text().replace("    metric: fvu\n", "    metric: fvu\n    must_beat: pca\n"))
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text('{"model_type": "gpt2"}')
