@@ -60,7 +60,7 @@ def test_a_run_that_must_overspend_does_not_start(arithmetic_model, tmp_path, na
 def test_the_check_counts_what_the_ledger_will(arithmetic_model, tmp_path):
     """A budget of exactly what the records, captured rows and SAEs come to is enough; one token less is not."""
     probe = Flow(small_job(arithmetic_model, tmp_path))
-    rows = probe.prepare().manifest["rows"]
+    rows = probe.prepare().tokens.manifest["rows"]
     exactly = 4 * (40_000 // 512) * 512 + 2 * sum(rows.values()) + rows["validation"]
     Flow(small_job(arithmetic_model, tmp_path, budget={"tokens": exactly})).prepare()
     with pytest.raises(UserError, match=r"budget\.tokens"):
