@@ -17,6 +17,7 @@ from pathlib import Path
 from raysae.artifacts import MANIFEST, sha256_of, write_atomic
 from raysae.errors import UserError
 from raysae.run import Run
+from raysae.sae.formats.saelens import WEIGHTS
 
 CONTENTS = "MANIFEST.json"
 ENDING = ".tar.gz"
@@ -26,7 +27,7 @@ def bundle(run: Run, path: Path | None = None, weights: bool = False) -> Path:
     """Write the archive of `run` to `path` (beside the run's folder if None), and return where it is.
 
     Its members lie below `<run>/`, `<run>/MANIFEST.json` first: run, members (sha256 and bytes by name), weights (sha256 by
-    SAE, whether or not they are in). UserError if `path` is no .tar.gz, or a stage that the run stands on is gone.
+    SAE and null, whether or not they are in). UserError if `path` is no .tar.gz, or a stage that the run stands on is gone.
     """
     name = run.path.resolve().name
     path = Path(path) if path is not None else run.path.resolve().parent / f"{name}{ENDING}"
@@ -40,7 +41,7 @@ def bundle(run: Run, path: Path | None = None, weights: bool = False) -> Path:
     contents = {
         "run": name,
         "members": {at: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for at, file in members.items()},
-        "weights": {sae_id: sha256_of(_weights(run.path, sae_id)) for sae_id in run.saes},
+        "weights": {file.parent.name: sha256_of(file) for file in sorted(run.path.glob(f"*/*/{WEIGHTS}"))},
     }
     first = (json.dumps(contents, indent=1, sort_keys=True) + "\n").encode()
 
@@ -64,7 +65,7 @@ def _run_files(folder: Path, weights: bool) -> dict[str, Path]:
     found = {}
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
-        wanted = weights or relative.parts[0] != "saes" or file.suffix != ".safetensors"
+        wanted = weights or file.name != WEIGHTS
         if wanted and file.is_file() and not file.is_symlink() and not file.name.endswith(".tmp"):
             found[relative.as_posix()] = file
     return found
@@ -82,10 +83,6 @@ def _stage_manifests(run: Run) -> dict[str, Path]:
             )
         found[f"stages/{entry['directory']}.json"] = manifest
     return dict(sorted(found.items()))
-
-
-def _weights(folder: Path, sae_id: str) -> Path:
-    return folder / "saes" / sae_id / "sae_weights.safetensors"
 
 
 def _entry(name: str, size: int) -> tarfile.TarInfo:

@@ -26,6 +26,7 @@ from raysae.flow import Flow
 from raysae.progress import say
 from raysae.run import Run
 from raysae.sae.architectures import COEFFICIENTS
+from raysae.sae.formats.saelens import WEIGHTS
 from raysae.sweep.replay import replay
 
 TOLERANCE, SMALL = 0.05, 0.01
@@ -202,7 +203,7 @@ def _saes(one: Run, two: Run) -> Iterator[dict[str, Any]]:
     """Each SAE of either run; `same_weights` is None where neither run has weights of it."""
     statuses = [_statuses(run.table) for run in (one, two)]
     for sae_id in sorted({*statuses[0], *statuses[1]}):
-        files = [run.path / "saes" / sae_id / "sae_weights.safetensors" for run in (one, two)]
+        files = [run.path / "saes" / sae_id / WEIGHTS for run in (one, two)]
         hashes = [sha256_of(file) if file.is_file() else None for file in files]
         yield {
             "sae_id": sae_id,

@@ -192,7 +192,9 @@ def test_the_bundle_holds_what_an_auditor_needs_with_its_hashes(run, tmp_path):
         assert facts == {"sha256": hashlib.sha256(content[name]).hexdigest(), "bytes": len(content[name])}
     stages = [json.loads(text)["stage"] for name, text in content.items() if name.startswith("stages/")]
     assert {"records", "tokens", "store", "sweep", "evaluation"} <= set(stages)
-    assert manifest["weights"] == sae_hashes(run.path)
+    nulls = {name for name in manifest["weights"] if name.startswith("control-")}
+    assert nulls == {file.name for file in (run.path / "nulls").iterdir()} and nulls
+    assert {i: made for i, made in manifest["weights"].items() if i not in nulls} == sae_hashes(run.path)
     assert not any(name.endswith(".safetensors") or name.startswith("tune/") for name in content)
     assert not content["environment.json"].startswith(b"{}") and json.loads(content["environment.json"])["packages"]
 
@@ -210,7 +212,8 @@ def test_the_same_run_gives_the_same_bundle(run, copy, tmp_path, monkeypatch):
     two = bundle(copy, tmp_path / "two.tar.gz")
     assert one.read_bytes() == two.read_bytes()
     with tarfile.open(bundle(run, tmp_path / "weights.tar.gz", weights=True)) as archive:
-        assert sum(name.endswith("sae_weights.safetensors") for name in archive.getnames()) == len(run.saes)
+        held = sum(name.endswith("sae_weights.safetensors") for name in archive.getnames())
+    assert held == len(run.saes) + len(list((run.path / "nulls").iterdir()))
 
 
 @pytest.mark.parametrize("name,why", [("run.zip", "must end in .tar.gz"), ("no/run.tar.gz", "is not a folder")])
