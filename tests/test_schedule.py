@@ -6,6 +6,8 @@ import pytest
 
 from raysae.budget import spending
 from raysae.cluster import Placement
+from raysae.config import SweepJob, validate
+from raysae.planning import Plan, left_out
 from raysae.schedule import (
     Entry,
     Kind,
@@ -103,3 +105,15 @@ def test_the_table_tells_what_is_done_from_what_is_to_do_and_what_goes_over():
     assert any(line.startswith("budget.device_hours: 2 of 1 (200%) OVER") for line in lines)
     assert any(line.startswith("budget.tokens: 2,000 of 4,000 (50%)") and "OVER" not in line for line in lines)
     assert not any("budget.gigabytes" in line for line in lines)
+
+
+def test_a_plan_names_what_it_does_not_project():
+    asked = {
+        "sweep": {"seeds": [0, 1]}, "evaluation": {"nulls": ["pca", "untrained"], "features": "none", "invariance": 5},
+        "probes": {"labels": ["step"]},
+    }  # fmt: skip
+    assert left_out(SweepJob()) == ("features",)
+    assert left_out(validate(SweepJob, asked)) == ("nulls (pca)", "stability", "probes", "invariance")
+    nothing = spending([], {"device_hours": None, "tokens": None, "gigabytes": None})
+    plan = Plan((), nothing, None, ("nulls (pca)", "stability"))
+    assert str(plan).endswith("not projected: nulls (pca), stability")
