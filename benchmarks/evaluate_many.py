@@ -41,9 +41,9 @@ from raysae.evaluate import fidelity
 from raysae.evaluate.fidelity import Measurement, measure_block
 from raysae.models.host import ModelHost
 from raysae.sae import formats
-from raysae.sae.architectures import SAEConfig, initial_parameters
-from raysae.sae.sae import SAE, fold
-from raysae.sae.train import InputScale
+from raysae.sae.architectures import SAEConfig
+from raysae.sae.train import untrained
+from raysae.sweep.trial import input_scale
 
 D_SAE, K, SAES = 512, 16, 8
 
@@ -62,12 +62,10 @@ def main() -> int:
 
 def make_saes(root: Path) -> list[tuple[str, Path]]:
     store = Store(root / "store")
-    scale = InputScale(store.mean(quality.SITE).float(), store.site(quality.SITE)["mean_square_norm"])
     made = []
     for seed in range(SAES):
         config = SAEConfig("topk", quality.D_IN, D_SAE, k=K, seed=seed)
-        start = initial_parameters(config, scale.mean * scale.factor)
-        formats.save(SAE(config, fold(start, scale.factor)), root / f"sae-{seed}")
+        formats.save(untrained(config, input_scale(store, quality.SITE)), root / f"sae-{seed}")
         made.append((f"sae-{seed}", root / f"sae-{seed}"))
     return made
 
@@ -126,7 +124,7 @@ def parts(host: ModelHost, work: Callable[[], Any]) -> dict[str, float]:
     spent: dict[str, float] = {}
     with (
         timing(spent, "run", host, "run"),
-        timing(spent, "SAEs", SAE, "__call__"),
+        timing(spent, "SAEs", fidelity.SAE, "__call__"),
         timing(spent, "log", fidelity, "_log_probabilities"),
         timing(spent, "rows", fidelity, "row_sums"),
     ):

@@ -46,8 +46,8 @@ from peers import Spec
 from raysae.activations.store import Store
 from raysae.artifacts import read_json, write_json
 from raysae.sae.metrics import RowSums
-from raysae.sae.train import InputScale
 from raysae.sweep.space import recipe
+from raysae.sweep.trial import input_scale
 
 SITE = "blocks.2.resid_post"
 D_IN, D_SAE, BATCH = 64, 1024, 2048
@@ -296,7 +296,7 @@ def train(job: Job, way: Way, setting: float, seed: int, final: bool = False) ->
     """Train one SAE and measure it: on validation rows in a search, on test rows, and for dead latents, if `final`."""
     made, setting = peers.LIBRARIES[job.library], round_k(job, setting)
     store = Store(job.store)
-    scale = InputScale(store.mean(SITE).float(), store.site(SITE)["mean_square_norm"])
+    scale = input_scale(store, SITE)
     shared = recipe(job.tokens, BATCH, *SHARES[job.library], 1_000_000)
     spec = Spec(job.architecture, D_IN, D_SAE, setting, way.learning_rate, seed)
     trainer = made([spec], shared, scale, "cpu")

@@ -49,8 +49,9 @@ from raysae.models.host import ModelHost
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.sae import SAE
-from raysae.sae.train import InputScale, Member, Pack
+from raysae.sae.train import Member, Pack
 from raysae.sweep.space import recipe
+from raysae.sweep.trial import input_scale
 
 HOOK = "model.layers.2"  # blocks.2.resid_post, as the Hugging Face model calls the module
 D_SAE, K, BATCH, SEQUENCES_AT_ONCE = 512, 16, 2048, 16
@@ -88,7 +89,7 @@ def main() -> int:
 
 
 def train(store: Store, tokens: int) -> SAE:
-    scale = InputScale(store.mean(quality.SITE).float(), store.site(quality.SITE)["mean_square_norm"])
+    scale = input_scale(store, quality.SITE)
     member = Member("topk", SAEConfig("topk", quality.D_IN, D_SAE, k=K), 1e-3)
     shared = recipe(tokens, BATCH, 0.05, 0.2, 0.1, 1_000_000)
     pack = Pack([member], shared, scale, "cpu")

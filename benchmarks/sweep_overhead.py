@@ -31,10 +31,10 @@ import torch
 
 from raysae.activations.store import Store
 from raysae.cluster import place_trials
-from raysae.sae.train import InputScale, Member, Pack
+from raysae.sae.train import Member, Pack
 from raysae.sweep.on_ray import PackSearch, run_sweep
 from raysae.sweep.space import Common, members, proposals, recipe
-from raysae.sweep.trial import Trial
+from raysae.sweep.trial import Trial, input_scale
 
 SITE, D_IN, BATCH, RUNGS = "blocks.2.resid_post", 96, 2048, 5
 COMMON = Common()
@@ -87,7 +87,7 @@ def measure(store: Path, root: Path, steps: int) -> dict[str, float]:
 
     def bare(member: Member) -> float:
         opened = Store(store)
-        scale = InputScale(opened.mean(SITE).float(), opened.site(SITE)["mean_square_norm"])
+        scale = input_scale(opened, SITE)
         pack = Pack([member], shared, scale)
         batches = islice(opened.batches(SITE, "train", BATCH), steps)
         return common.timed(lambda: pack.train(batches))

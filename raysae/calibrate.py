@@ -26,9 +26,9 @@ from raysae.evaluate import fidelity
 from raysae.models.host import ModelHost
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
-from raysae.sae.train import InputScale, Member, Recipe, untrained
+from raysae.sae.train import Member, Recipe, untrained
 from raysae.schedule import SAERates
-from raysae.sweep.trial import Rung, Trial, train_pack
+from raysae.sweep.trial import Rung, Trial, input_scale, train_pack
 
 ROWS_AT_MOST, ROWS_AT_FIRST = 8192, 512
 SECONDS_OF_CAPTURE, SECONDS_OF_TRAINING = 3.0, 20.0
@@ -43,13 +43,7 @@ def head(block: TokenBlock, rows: int) -> TokenBlock:
         if count and have >= rows:
             break
         count, have = count + 1, have + int(mask.sum())
-    names = ("sequence_id", "input_ids", "positions", "step", "loss_mask", "example")
-    return replace(block, **{name: getattr(block, name)[:count] for name in names})
-
-
-def kept(block: TokenBlock) -> int:
-    """Rows that a block becomes."""
-    return sum(int(mask.sum()) for mask in block.loss_mask)
+    return block.first(count)
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -83,30 +77,29 @@ class HostWork:
         first = head(block, ROWS_AT_FIRST)
         capture_block(host, first, self.root / "warm", self.settings)
         spent = seconds_of(lambda: capture_block(host, first, self.root / "warm", self.settings))
-        rows = min(ROWS_AT_MOST, max(ROWS_AT_FIRST, int(SECONDS_OF_CAPTURE * kept(first) / spent)))
+        rows = min(ROWS_AT_MOST, max(ROWS_AT_FIRST, int(SECONDS_OF_CAPTURE * first.rows / spent)))
         parts = [head(block, rows), head(read_block(self.validation), rows)]
         seconds = seconds_of(lambda: capture_block(host, parts[0], self.root, self.settings))
         capture_block(host, parts[1], self.root, self.settings)
-        entries = [{"name": part.name, "rows": kept(part)} for part in parts]
+        entries = [{"name": part.name, "rows": part.rows} for part in parts]
         write_json(self.root / MANIFEST, finish(self.root, entries, self.settings, {"name": "calibration"}, 1.0))
         rates = {
-            "capture": seconds / kept(parts[0]),
-            "columns": size_of(self.root / "rows") / sum(kept(part) for part in parts),
+            "capture": seconds / parts[0].rows,
+            "columns": size_of(self.root / "rows") / sum(part.rows for part in parts),
             **self._measuring(host, parts[1]),
         }
         write_json(self.root / "host.json", {**rates, "work": time.perf_counter() - begun})
-        return {"rows": kept(block)}
+        return {"rows": block.rows}
 
     def _measuring(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
         """Rates of measuring SAEs on a captured block. What SAEs share is told from what each takes by measuring one,
         then three."""
         store, rows = Store(self.root), []
         for i, (site, config) in enumerate(self.saes):
-            scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
-            formats.save(untrained(config, scale), self.root / "saes" / str(i))
+            formats.save(untrained(config, input_scale(store, site)), self.root / "saes" / str(i))
             sae = formats.load(self.root / "saes" / str(i)).to(host.device)
             fidelity.row_sums(sae, store, site, block.name)
-            rows.append(seconds_of(partial(fidelity.row_sums, sae, store, site, block.name)) / kept(block))
+            rows.append(seconds_of(partial(fidelity.row_sums, sae, store, site, block.name)) / block.rows)
         site = self.saes[0][0]
 
         def measure(count: int) -> float:
@@ -122,8 +115,8 @@ class HostWork:
         spent = seconds_of(lambda: fidelity.collect(to, [block.name], mean, self.bootstrap, self.confidence, 0))
         return {
             "rows": rows,
-            "score_clean": max(one - own, 0.0) / kept(block),
-            "score_sae": max(own / kept(block) - rows[0], 0.0),
+            "score_clean": max(one - own, 0.0) / block.rows,
+            "score_sae": max(own / block.rows - rows[0], 0.0),
             "intervals": spent / 3 / len(set(block.groups)),
         }
 

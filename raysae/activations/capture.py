@@ -44,7 +44,7 @@ def capture_block(host: ModelHost, block: TokenBlock, root: Path, settings: Capt
     Rows are the block's kept tokens (loss_mask), less those with NaN or inf at any site, which are counted. Sums are of
     the stored values, in float64.
     """
-    rows = sum(int(mask.sum()) for mask in block.loss_mask)
+    rows = block.rows
     order = np.random.default_rng([settings.seed, int(block.name.rsplit("-", 1)[-1], 16)]).permutation(rows)
     target = torch.from_numpy(order)
     dtype = getattr(torch, settings.dtype)

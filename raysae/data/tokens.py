@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -359,6 +359,16 @@ class TokenBlock:
     """The distinct examples of the block."""
     groups: list[str]
     """The group of each of `example_ids`."""
+
+    @property
+    def rows(self) -> int:
+        """Kept tokens."""
+        return sum(int(mask.sum()) for mask in self.loss_mask)
+
+    def first(self, count: int) -> TokenBlock:
+        """Its first `count` sequences (they lie in random order)."""
+        names = ("sequence_id", "input_ids", "positions", "step", "loss_mask", "example")
+        return replace(self, **{name: getattr(self, name)[:count] for name in names})
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +39,11 @@ from raysae.data.labels import LABELS, label_rows
 from raysae.data.records import Problem, read_records
 from raysae.evaluate import purity
 from raysae.evaluate.contexts import Texts
+from raysae.evaluate.nulls import random_sae
 from raysae.evaluate.scan import KINDS, Contexts, Scan, Settings, Source, read_contexts, scan_rows
 from raysae.sae import formats
 from raysae.sae.metrics import DENSE_ABOVE
 from raysae.sae.sae import SAE
-from raysae.sae.train import InputScale, untrained
 
 PURITIES = ("token_agreement", "coherence", "purity_")
 """How the columns of features.parquet begin that have a mean over latents."""
@@ -76,8 +76,6 @@ def measure(
     table |= _nearest_columns(sae.parameters["W_dec"], scan.active > 0)
     frame = pd.DataFrame(table)
 
-    scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
-    random_sae = untrained(replace(sae.config, seed=sae.config.seed + settings.seed + 1), scale)
     alive = scan.active > 0
     summary = {
         "site": site, "split": split, "rows": rows, "latents": len(frame),
@@ -91,7 +89,7 @@ def measure(
         },
         "silhouette": purity.silhouette(scan.sample, scan.strongest, settings.seed),
         "decoder": _decoder(frame, sae, alive, settings),
-        "untrained": _untrained_means(random_sae, source, texts, labels, chance, settings),
+        "untrained": _untrained_means(random_sae(sae, store, site, settings.seed), source, texts, labels, chance, settings),
         "settings": asdict(settings),
     }  # fmt: skip
     return Features(frame, summary, cards(frame, scan, contexts, texts, decode))

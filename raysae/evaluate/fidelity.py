@@ -76,7 +76,7 @@ def measure_block(host: ModelHost, block: TokenBlock, task: Measurement) -> dict
     table = pd.concat(frames, ignore_index=True)
     write_atomic(task.root / f"{block.name}.parquet", lambda path: table.to_parquet(path, index=False))
     write_atomic(task.root / f"{block.name}.safetensors", lambda path: save_file(vectors, path))
-    facts = {"name": block.name, "rows": sum(int(m.sum()) for m in block.loss_mask)}
+    facts = {"name": block.name, "rows": block.rows}
     write_json(task.root / f"{block.name}.json", facts)
     return facts
 
@@ -126,7 +126,7 @@ def _score(
     site. Several SAEs in one forward pass would save nothing more: a batch is as large as it may be already.
     """
     count = math.ceil(task.scored_fraction * len(block.input_ids))
-    part = _head(block, count)
+    part = block.first(count)
     names = sorted(set(block.groups))
     number = {name: i for i, name in enumerate(names)}
     group_of = np.array([number[name] for name in block.groups])
@@ -167,19 +167,6 @@ def _score(
             logits = host.logits(batch.input_ids, batch.attention_mask, splice, start)
             add([sae_id], "spliced", _log_probabilities(logits, pairs))
     return {sae_id: pd.DataFrame(columns, index=pd.Index(names)) for sae_id, columns in totals.items()}
-
-
-def _head(block: TokenBlock, count: int) -> TokenBlock:
-    """The block's first `count` sequences (they lie in random order)."""
-    lists = {name: getattr(block, name)[:count] for name in ("input_ids", "positions", "step", "loss_mask", "example")}
-    return TokenBlock(
-        name=block.name,
-        split=block.split,
-        sequence_id=block.sequence_id[:count],
-        example_ids=block.example_ids,
-        groups=block.groups,
-        **lists,
-    )
 
 
 def _pair_examples(block: TokenBlock, batch: MicroBatch, pairs: Tensor) -> np.ndarray:

@@ -38,8 +38,8 @@ from raysae.sae import formats
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.sae import SAE
-from raysae.sae.train import InputScale, Member, untrained
-from raysae.sweep.trial import Trial
+from raysae.sae.train import Member, untrained
+from raysae.sweep.trial import Trial, input_scale
 
 FITTED_ROWS = 20_000
 """Training rows, at most, on which PCA and ICA are fitted."""
@@ -141,9 +141,9 @@ def _there(root: Path, name: str) -> bool:
 
 def made(kind: str, peer: Peer, store: Store, seed: int) -> tuple[SAE, dict[str, Any]]:
     """A null that needs no training, and for ica whether it converged."""
-    sae, scale = peer.sae, InputScale(store.mean(peer.site).float(), store.site(peer.site)["mean_square_norm"])
+    sae = peer.sae
     if kind == "untrained":
-        return _labelled(untrained(sae.config, scale), sae), {}
+        return _labelled(untrained(sae.config, input_scale(store, peer.site)), sae), {}
     if kind == "permuted":
         return permuted(sae, seed), {}
     if kind not in ("pca", "ica"):
@@ -155,6 +155,11 @@ def made(kind: str, peer: Peer, store: Store, seed: int) -> tuple[SAE, dict[str,
     k = min(max(1, math.ceil(peer.l0 - 1e-9)), code.config.d_sae)
     code = SAE(replace(code.config, k=k), code.parameters)
     return _labelled(code, sae), {} if converged is None else {"converged": converged}
+
+
+def random_sae(sae: SAE, store: Store, site: str, seed: int) -> SAE:
+    """The SAE before its first step, from another seed than its own, which would give the start it was trained from."""
+    return untrained(replace(sae.config, seed=sae.config.seed + seed + 1), input_scale(store, site))
 
 
 def _labelled(null: SAE, sae: SAE) -> SAE:

@@ -36,11 +36,11 @@ from raysae.data.records import Problem
 from raysae.data.splits import near_duplicate_groups
 from raysae.errors import UserError
 from raysae.evaluate.linear import Fit, Scored, Settings, cross_validate, group_folds, macro_f1, majority, recall, score
+from raysae.evaluate.nulls import random_sae
 from raysae.evaluate.statistics import cohens_d, group_weights, interval, largest_d_null, paired_permutation
 from raysae.progress import Progress
 from raysae.sae.formats import load
 from raysae.sae.sae import SAE
-from raysae.sae.train import InputScale, untrained
 
 ROWS_AT_ONCE = 4096
 SCORES = ("macro_f1", "balanced_accuracy", "auroc")
@@ -83,9 +83,7 @@ def probe(
     """
     store, site, sae = subject
     rows = label_rows(row_table(store, settings.split), problems)
-    scale = InputScale(store.mean(site).float(), store.site(site)["mean_square_norm"])
-    # The member's own seed would give the start that it was trained from.
-    random_sae = untrained(replace(sae.config, seed=sae.config.seed + settings.seed + 1), scale)
+    random = random_sae(sae, store, site, settings.seed)
     tables, facts = [], {}
     with Progress("probe", len(labels), "label") as progress:
         for label in labels:
@@ -98,7 +96,7 @@ def probe(
                 inputs = {
                     "token": one_hot(chosen["token_id"].to_numpy()),
                     "raw": x,
-                    "random_sae": latents(random_sae, x),
+                    "random_sae": latents(random, x),
                     "sae": latents(sae, x),
                 }
                 if other is not None:

@@ -119,7 +119,7 @@ def train_pack(
             return
 
 
-def input_scale(store: Store, site: str, start: Start) -> InputScale:
+def input_scale(store: Store, site: str, start: Start = Start()) -> InputScale:
     """What the trainer must know of a site's training rows; medians and starting rows come from a sample of them."""
     mean = store.mean(site).to(torch.float32)
     sample = store.head(site, "train", SAMPLE_ROWS) if start.at_rows or start.b_dec == "geometric_median" else None
