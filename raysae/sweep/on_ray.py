@@ -230,16 +230,12 @@ def run_trial(
         with tempfile.TemporaryDirectory() as directory:
             rung.save(Path(directory))
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(directory))
-        due = {i: s.reason for i, s in (stops or {}).items() if i in rung.metrics and rung.tokens >= s.tokens}
-        if due:
-            _note_pruned(trial.root, due)
-        if len(rung.metrics) == 1 or margin is None or rung.tokens < after_tokens:
-            return due
-        standings = _standings(rung.metrics)
-        reasons = {s.sae_id: reason_to_stop(s, standings, margin) for s in standings}
-        stopped = {sae_id: reason for sae_id, reason in reasons.items() if reason}
-        _note_pruned(trial.root, stopped)
-        return stopped
+        reasons = {i: s.reason for i, s in (stops or {}).items() if i in rung.metrics and rung.tokens >= s.tokens}
+        if len(rung.metrics) > 1 and margin is not None and rung.tokens >= after_tokens:
+            standings = _standings(rung.metrics)
+            reasons |= {s.sae_id: reason for s in standings if (reason := reason_to_stop(s, standings, margin))}
+        _note_pruned(trial.root, reasons)
+        return reasons
 
     checkpoint = tune.get_checkpoint()
     try:
