@@ -18,7 +18,7 @@ from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
 from raysae.models.host import save_with_random_weights
 from raysae.progress import say
-from raysae.stages import Stages, of_driver
+from raysae.stages import Stages, blocks_of, names_of, of_driver
 
 
 class Controls(NamedTuple):
@@ -84,24 +84,22 @@ class Evidence(Stages):
     def stability(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Stage:
         """Whether seeds find the same latents: `stability.json`, `stability.parquet`."""
         e, seed = self.config.evaluation, self.config.seed
-        blocks = [block for block in tokens.manifest["blocks"] if block["split"] == "validation"]
+        blocks = blocks_of(tokens, "validation")
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.evaluate import stability
 
-            names = [block["name"] for block in blocks]
+            names = names_of(blocks)
             table, root = pd.read_parquet(saes.path / "table.parquet"), saes.path / "saes"
             seeds = stability.match_all(table, root, validation.path, names, seed)
-            placement, seconds = self.cluster.capture(len(blocks)), 0.0
-            for task in stability.tasks(seeds, store.path, root, path):
-                todo = [block for block in blocks if not stability.done(task.root, block["name"])]
-                seconds += self._map_blocks("what recurs", todo, tokens.path, task.root, model, task, placement)
+            works = {f"what recurs at {task.site}": task for task in stability.tasks(seeds, store.path, root, path)}
+            cost = self._over_blocks(works, blocks, stability.done, tokens.path, model)
             found = stability.collect(
                 seeds, path, names, validation.manifest["metrics"], e.bootstrap, e.confidence, seed
             )
             stability.by_configuration(found).to_parquet(path / "stability.parquet", index=False)
             write_json(path / "stability.json", found)
-            return {"stability": found, "cost": {"tokens": sum(b["rows"] for b in blocks), **placement.held(seconds)}}
+            return {"stability": found, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
 
         inputs = {"evaluation": validation.path.name, "seed": seed}
         return self._stage("stability", inputs, build)
@@ -113,7 +111,7 @@ class Evidence(Stages):
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.evaluate import risk
 
-            names = [block["name"] for block in tokens.manifest["blocks"] if block["split"] == "validation"]
+            names = names_of(blocks_of(tokens, "validation"))
             problems = [p for p in read_records(records.path / "records.parquet") if p.split == "validation"]
             roots = [validation.path / site for site in sites]
             table, facts = risk.coverage(roots, names, problems, e.bootstrap, e.confidence, seed)
@@ -141,12 +139,14 @@ class Evidence(Stages):
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.evaluate import transfer
 
-            home_names = [block["name"] for block in tokens.manifest["blocks"] if block["split"] == "validation"]
-            home = (validation.path / site, home_names, validation.manifest["metrics"])
+            home = (validation.path / site, names_of(blocks_of(tokens, "validation")), validation.manifest["metrics"])
             found = {}
             for name, (other_tokens, stage_there) in measured.items():
-                names = [block["name"] for block in other_tokens.manifest["blocks"]]
-                there = (stage_there.path / site, names, stage_there.manifest["metrics"])
+                there = (
+                    stage_there.path / site,
+                    names_of(other_tokens.manifest["blocks"]),
+                    stage_there.manifest["metrics"],
+                )
                 compared = transfer.compare(ids, home, there, e.bootstrap, e.confidence, seed)
                 taken = away[name][0].manifest
                 found[name] = {"examples": taken["examples"]["test"], "left_out": taken["left_out"], "saes": compared}
@@ -175,9 +175,8 @@ class Evidence(Stages):
             task = invariance.Reading(
                 site, saes.path / "saes" / sae_id, path / "latents", self.config.capture.tokens_per_forward
             )
-            todo = [block for block in made["blocks"] if not invariance.done(task.root, block["name"])]
-            placement = self.cluster.capture(len(todo))
-            seconds = self._map_blocks("reworded examples", todo, path / "tokens", task.root, model, task, placement)
+            works = {"reworded examples": task}
+            cost = self._over_blocks(works, made["blocks"], invariance.done, path / "tokens", model)
             found = invariance.collect(
                 task.root,
                 path / "tokens",
@@ -189,7 +188,7 @@ class Evidence(Stages):
                 seed,
             )
             write_json(path / "invariance.json", {"sae_id": sae_id, **found})
-            return {"cost": {"tokens": sum(made["rows"].values()), **placement.held(seconds)}}
+            return {"cost": {"tokens": sum(made["rows"].values()), **cost}}
 
         inputs = {
             "sweep": saes.path.name, "tokens": tokens.path.name, "sae_id": sae_id, "examples": e.invariance,

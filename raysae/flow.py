@@ -39,8 +39,6 @@ from raysae.schedule import activation_bytes, sae_bytes
 from raysae.sweep.collect import alike
 from raysae.sweep.replay import Replay
 
-FEATURE_FILES = ("cards.jsonl", "features.parquet", "features.json")
-
 
 def sweep(config: SweepJob) -> Run:
     """Run the main job of `config` and return its `Run`; what has been done before is not done again.
@@ -125,17 +123,11 @@ class Flow(Evidence):
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
         table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
-        nulls, controls = {}, {}
-        for made, read, seen in controlled:
-            for name, found in made.manifest["nulls"].items():
-                nulls[name] = {**found, "store": read.path.name}
-                if found["made"]:
-                    m = seen.manifest["metrics"][name]
-                    controls[name] = {**m, **found, "dead_fraction": m["never_fired_fraction"]}
-        evidence = [self.domains(validation, tokens, records, store.manifest["sites"])]
+        controls = _controls(controlled)
+        evidence = {"": [self.domains(validation, tokens, records, store.manifest["sites"])]}
         if len(self.config.sweep.seeds) > 1:
-            evidence.append(self.stability(saes, validation, store, tokens, model))
-            recurring = evidence[-1].manifest["stability"]
+            evidence[""].append(self.stability(saes, validation, store, tokens, model))
+            recurring = evidence[""][-1].manifest["stability"]
             table = table.merge(stability_columns(recurring), on="sae_id", how="left")
             for name in controls:  # an untrained SAE's decoder is random directions: it is as stable as the null
                 controls[name] |= recurring["nulls"].get(name.removeprefix("control-untrained-"), {})
@@ -150,24 +142,24 @@ class Flow(Evidence):
             kept = pd.concat([kept, row[[name for name in row.index if name.startswith("stability_")]]])
             test = {**kept, **tested.manifest["metrics"][choice.chosen]}
         decision = decide(self.gate, str(self.config.gate), choice, controls, test, self.waiver, self.basis)
-        probed, lead = None, choice.chosen or choice.closest
+        lead = choice.chosen or choice.closest
         if lead is not None:
             of_lead = table.set_index("sae_id", drop=False).loc[lead]
             site = str(of_lead["site"])
             if away:
                 ids = alike(table[table["status"] == "completed"], of_lead)["sae_id"]
                 ids = [lead, *(str(i) for i in ids if i != lead)]
-                evidence.append(self.transfer(saes, validation, tokens, model, ids, site, away))
+                evidence[""].append(self.transfer(saes, validation, tokens, model, ids, site, away))
             if self.config.evaluation.invariance:
-                evidence.append(self.invariance(saes, records, tokens, model, lead, site))
+                evidence[""].append(self.invariance(saes, records, tokens, model, lead, site))
             if self.config.probes.labels:
                 other = controlled[1] if len(controlled) > 1 else None
-                probed = self.probes(lead, site, saes, records, store, other)
-        sites = table.set_index("sae_id")["site"]
-        features = {
-            i: self.features(i, str(sites[i]), saes, store, tokens, records, model)
-            for i in self._with_features(table, decision)
-        }
+                evidence["probes"] = [self.probes(lead, site, saes, records, store, other)]
+        completed = table[table["status"] == "completed"].set_index("sae_id")["site"]
+        which = self.config.evaluation.features
+        for i in completed.index if which == "all" else [lead] if which == "chosen" and lead else []:
+            of_latents = self.features(i, completed[i], saes, store, tokens, records, model)
+            evidence[f"saes/{i}/features"] = [of_latents]
 
         directory, ledger = self.directory, self._ledger()
         directory.mkdir(parents=True, exist_ok=True)
@@ -179,37 +171,26 @@ class Flow(Evidence):
         write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
         write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
         link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
-        for made in evidence:
-            for file in sorted({*made.path.glob("*.json"), *made.path.glob("*.parquet")} - {made.path / MANIFEST}):
-                link_or_copy(file, directory / file.name)
-        for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
+        for folder, stages in evidence.items():
+            for made in stages:
+                for file in sorted({*made.path.glob("*.json*"), *made.path.glob("*.parquet")} - {made.path / MANIFEST}):
+                    link_or_copy(file, directory / folder / file.name)
+        for sae_id in completed.index:
             link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
             write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
         for made, _, _ in controlled:
             if (made.path / "saes").is_dir():
                 link_or_copy(made.path / "saes", directory / "nulls")
-        if probed is not None:
-            for name in ("probes.parquet", "probes.json"):
-                link_or_copy(probed.path / name, directory / "probes" / name)
-        for sae_id, made in features.items():
-            for name in FEATURE_FILES:
-                link_or_copy(made.path / name, directory / "saes" / sae_id / "features" / name)
         (directory / "tune").unlink(missing_ok=True)
         (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
         write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
-        write_json(directory / "nulls.json", nulls)
+        nulls = [(name, found, read) for made, read, _ in controlled for name, found in made.manifest["nulls"].items()]
+        write_json(directory / "nulls.json", {name: {**found, "store": read.path.name} for name, found, read in nulls})
         write_json(directory / "environment.json", environment())
         write_json(directory / "ledger.json", ledger)
         write_json(directory / "decision.json", decision)
         write_report(directory)
         return Run(directory)
-
-    def _with_features(self, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[str]:
-        """Ids of the SAEs whose latents are looked at."""
-        which = self.config.evaluation.features
-        completed = [str(i) for i in table.loc[table["status"] == "completed", "sae_id"]]
-        best = decision["chosen"] or decision["closest"]
-        return [i for i in completed if which == "all" or (which == "chosen" and i == best)]
 
     def _ledger(self) -> dict[str, Any]:
         """What each stage cost, when it was made: wall seconds, CPU- and GPU-seconds held, tokens, bytes on disk."""
@@ -263,6 +244,17 @@ class Flow(Evidence):
                 )
         elif self.directory.exists() and any(self.directory.iterdir()):
             raise UserError(f"run: {self.directory} is not empty and no run of raysae; give another --run")
+
+
+def _controls(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
+    """What was measured of each null that was made, and its facts."""
+    found = {}
+    for nulls, _, seen in controlled:
+        for name, facts in nulls.manifest["nulls"].items():
+            if facts["made"]:
+                measured = seen.manifest["metrics"][name]
+                found[name] = {**measured, **facts, "dead_fraction": measured["never_fired_fraction"]}
+    return found
 
 
 def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:

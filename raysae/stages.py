@@ -184,16 +184,10 @@ class Stages:
         blocks = tokens.manifest["blocks"]
 
         def build(path: Path) -> Mapping[str, Any]:
-            todo = [block for block in blocks if not capture.done(path, block["name"])]
-            if len(todo) < len(blocks):
-                say(f"capture: {len(blocks) - len(todo)} of {len(blocks)} shards are there already")
-            placement = self.cluster.capture(len(todo))
-            seconds = self._map_blocks(
-                "capture", todo, tokens.path, path, model, _CaptureWork(path, settings), placement
-            )
+            work = {"capture": _CaptureWork(path, settings)}
+            cost = self._over_blocks(work, blocks, capture.done, tokens.path, model)
             manifest = capture.finish(path, blocks, settings, made_with, c.max_non_finite_fraction)
-            rows = sum(manifest["rows"].values())
-            return {**manifest, "cost": {"tokens": rows, **placement.held(seconds)}}
+            return {**manifest, "cost": {"tokens": sum(manifest["rows"].values()), **cost}}
 
         inputs = {
             "tokens": tokens.path.name,
@@ -265,29 +259,29 @@ class Stages:
     ) -> Stage:  # fmt: skip
         """Measurements on a split of every SAE and null, of some SAEs, or of nulls alone (rows only): `metrics.json`."""
         e = self.config.evaluation
-        blocks = [block for block in tokens.manifest["blocks"] if block["split"] == split]
+        blocks = blocks_of(tokens, split)
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.activations.store import Store
             from raysae.evaluate import fidelity
 
             opened = Store(store.path)
-            placement = self.cluster.capture(len(blocks))
             fraction = min(1.0, e.max_tokens / max(sum(block["rows"] for block in blocks), 1)) if saes else 0.0
-            metrics: dict[str, Any] = {}
-            seconds = 0.0
-            for site, members in _to_measure(saes, nulls, only).items():
-                root = path / site
-                task = fidelity.Measurement(
-                    store.path, site, tuple(members), root, self.config.capture.tokens_per_forward, fraction
+            works = {
+                f"measure {len(members)} SAEs of {site} on {split}": fidelity.Measurement(
+                    store.path, site, tuple(members), path / site, self.config.capture.tokens_per_forward, fraction
                 )
-                todo = [block for block in blocks if not fidelity.done(root, block["name"])]
-                what = f"measure {len(members)} SAEs on {split}"
-                seconds += self._map_blocks(what, todo, tokens.path, root, model, task, placement)
-                names = [block["name"] for block in blocks]
-                metrics |= fidelity.collect(root, names, opened.mean(site), e.bootstrap, e.confidence, self.config.seed)
+                for site, members in _to_measure(saes, nulls, only).items()
+            }
+            cost = self._over_blocks(works, blocks, fidelity.done, tokens.path, model)
+            metrics: dict[str, Any] = {}
+            for work in works.values():
+                mean = opened.mean(work.site)
+                metrics |= fidelity.collect(
+                    work.root, names_of(blocks), mean, e.bootstrap, e.confidence, self.config.seed
+                )
             write_json(path / "metrics.json", metrics)
-            return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **placement.held(seconds)}}
+            return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
 
         inputs = {
             "sweep": saes.path.name if saes else None,
@@ -372,6 +366,26 @@ class Stages:
             c = self._cluster
             say(f"Ray: {c.cpus:g} CPUs, {c.gpus} GPUs; dashboard {c.dashboard or 'off'}")
         return self._cluster
+
+    def _over_blocks(
+        self,
+        works: Mapping[str, Any],
+        blocks: Sequence[dict],
+        done: Callable[[Path, str], bool],
+        tokens: Path,
+        model: str,
+    ) -> dict[str, float]:
+        """Do each work, by what it is called, on the blocks that are not done below its `root`. Returns what it cost."""
+        cost = {"cpu_seconds": 0.0, "gpu_seconds": 0.0}
+        for what, work in works.items():
+            todo = [block for block in blocks if not done(work.root, block["name"])]
+            if len(todo) < len(blocks):
+                say(f"{what}: {len(blocks) - len(todo)} of {len(blocks)} shards are there already")
+            placement = self.cluster.capture(len(todo))
+            seconds = self._map_blocks(what, todo, tokens, work.root, model, work, placement)
+            for key, value in placement.held(seconds).items():
+                cost[key] += value
+        return cost
 
     def _map_blocks(
         self, what: str, blocks: list, tokens: Path, root: Path, model: str, work: Any, placement: Placement
@@ -475,6 +489,16 @@ def _to_measure(
 def kind_of(made: Stage) -> str:
     """TRANSFER for a stage of a held-out dataset, and for those after it; else nothing."""
     return TRANSFER if made.manifest["stage"].startswith(TRANSFER) else ""
+
+
+def blocks_of(tokens: Stage, split: str) -> list[dict]:
+    """Entries of a split's blocks in the token manifest."""
+    return [block for block in tokens.manifest["blocks"] if block["split"] == split]
+
+
+def names_of(blocks: Sequence[dict]) -> list[str]:
+    """The blocks' names, which are their shards' too."""
+    return [block["name"] for block in blocks]
 
 
 def _source_hash(given: str | None) -> str | None:
