@@ -80,6 +80,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def read_json_if(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def stage_path(root: Path, name: str, inputs: Mapping[str, Any]) -> Path:
     """Where the stage of these `inputs` lies, finished or not."""
     return root / "stages" / f"{name}-{fingerprint({'stage': name, **inputs})}"

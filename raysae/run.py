@@ -11,7 +11,7 @@ import pandas as pd
 import yaml
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json
+from raysae.artifacts import read_json, read_json_if
 from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
 from raysae.evaluate.probes import Subject, subject
@@ -102,7 +102,7 @@ class Run:
     @cached_property
     def nulls(self) -> dict[str, dict[str, Any]]:
         """Kind, site, architecture, compared SAE and store of each null by id; the SAEs lie in `nulls/<id>/`."""
-        return read_json(self.path / "nulls.json") if (self.path / "nulls.json").is_file() else {}
+        return read_json_if(self.path / "nulls.json")
 
     def subject(self, sae_id: str | None = None) -> Subject:
         """An SAE, the best if none is named, with the store and site that it reads."""

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from raysae.budget import ITEMS
 from raysae.cluster import Placement
+from raysae.units import duration, size
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -206,26 +208,24 @@ def _mapped(stage: str, each: Sequence[float], start: float, placement: Placemen
 
 def in_words(entries: Sequence[Entry], spent: Mapping[str, Any]) -> str:
     """The schedule as a table, its total, and the budget (`budget.spending` of the entries) where there is one."""
+    held = "gpu_seconds" if spent["device"] == "GPU" else "cpu_seconds"
+
+    def line(name: str, wall: str, at_once: str, of: Sequence[Entry]) -> str:
+        hours, tokens = sum(getattr(e, held) for e in of) / 3600, sum(e.tokens for e in of)
+        return f"{name:26}{wall:>10}{at_once:>26}{hours:>14.3g}{tokens:>16,}{size(sum(e.bytes for e in of)):>11}"
+
     lines = [f"{'stage':26}{'wall':>10}{'at once':>26}{'device-hours':>14}{'tokens':>16}{'disk':>11}"]
     for e in entries:
-        held = e.gpu_seconds if spent["device"] == "GPU" else e.cpu_seconds
         each = f"{e.workers} x {e.cpus:g} CPU" + (f" {e.gpus:g} GPU" if e.gpus else "")
-        lines.append(
-            f"{e.stage:26}{'done' if e.done else _time(e.seconds):>10}{each if not e.done else '':>26}{held / 3600:>14.3g}"
-            f"{e.tokens:>16,}{_size(e.bytes):>11}"
-        )
+        lines.append(line(e.stage, "done", "", [e]) if e.done else line(e.stage, duration(e.seconds), each, [e]))
     todo = [e for e in entries if not e.done]
-    lines.append(
-        f"{'to do':26}{_time(sum(e.seconds for e in todo)):>10}{'':26}"
-        f"{sum(e.gpu_seconds if spent['device'] == 'GPU' else e.cpu_seconds for e in todo) / 3600:>14.3g}"
-        f"{sum(e.tokens for e in todo):>16,}{_size(sum(e.bytes for e in todo)):>11}"
-    )
+    lines.append(line("to do", duration(sum(e.seconds for e in todo)), "", todo))
     lines.append("")
     lines.append(
         f"device-hours are {spent['device']}-hours held; of the disk, activations take "
         f"{spent['gigabytes']['activations']:.3g} GB; pruning is not counted on"
     )
-    for item in ("device_hours", "tokens", "gigabytes"):
+    for item in ITEMS:
         if spent[item]["limit"] is not None:
             over = " OVER BUDGET" if spent[item]["share"] > 1 else ""
             lines.append(
@@ -233,17 +233,3 @@ def in_words(entries: Sequence[Entry], spent: Mapping[str, Any]) -> str:
                 f"({spent[item]['share']:.0%}){over}"
             )
     return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 600:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 36_000 else f"{seconds / 3600:.1f} h"
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.3g} TB"

@@ -7,6 +7,7 @@ digits wherever it stands.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["text", "count", "ratio", "short", "share", "nats", "small", "seconds"]
@@ -154,24 +155,10 @@ def interval(name: str, low: Any, high: Any) -> str:
     return f"[{show(name, low)}, {show(name, high)}]" if is_number(low) and is_number(high) else ""
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as a person says them."""
-    if not is_number(seconds):
-        return "–"
-    value = float(seconds)
-    if value < 100:
-        return f"{value:.1f} s"
-    minutes, hours = value / 60, value / 3600
-    return f"{minutes:.1f} min" if minutes < 100 else f"{hours:.1f} h"
-
-
-def size(n_bytes: Any) -> str:
-    """Bytes in decimal units."""
-    if not is_number(n_bytes):
-        return "–"
-    value = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+def cell(name: str, row: Mapping[str, Any], key: str | None = None) -> dict[str, str]:
+    """Value and interval of a metric in a row, where it may stand under another key."""
+    key = key or name
+    return {
+        "value": show(name, row.get(key)),
+        "interval": interval(name, row.get(f"{key}_low"), row.get(f"{key}_high")),
+    }

@@ -9,7 +9,7 @@ import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.gates.criteria import kind_of
-from raysae.report.columns import interval, show
+from raysae.report.columns import cell
 from raysae.report.figures import records
 
 METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta")
@@ -35,21 +35,17 @@ def groups(decision: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, A
                 "name": name,
                 "kind": IN_WORDS.get(kind, kind),
                 "d_sae": metrics.get("d_sae"),
-                "cells": cells(metrics),
+                "cells": [cell(m, metrics) for m in METRICS],
                 "passes": bool(control["passes_gate"]),
                 "must_fail": kind != ELSEWHERE,
                 "note": "" if metrics.get("converged", True) else "did not converge",
             }
         )
     return [
-        {"sae_id": sae_id, "cells": cells(saes[sae_id]) if sae_id in saes else None, "nulls": nulls}
+        {
+            "sae_id": sae_id,
+            "cells": [cell(m, saes[sae_id]) for m in METRICS] if sae_id in saes else None,
+            "nulls": nulls,
+        }
         for sae_id, nulls in found.items()
-    ]
-
-
-def cells(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Value and interval of each of METRICS."""
-    return [
-        {"value": show(m, metrics.get(m)), "interval": interval(m, metrics.get(f"{m}_low"), metrics.get(f"{m}_high"))}
-        for m in METRICS
     ]

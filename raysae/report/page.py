@@ -16,13 +16,14 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from raysae.artifacts import read_json, write_atomic
+from raysae.artifacts import read_json_if, write_atomic
 from raysae.errors import UserError
 from raysae.gates.waivers import in_words
 from raysae.report import figures, nulls, probes, risk, sae_page, stability
 from raysae.report.budget import budget_rows
-from raysae.report.columns import BY_NAME, COLUMNS, duration, interval, is_number, label, show, show_threshold, size
+from raysae.report.columns import BY_NAME, COLUMNS, cell, interval, is_number, label, show, show_threshold
 from raysae.sae.architectures import COEFFICIENTS
+from raysae.units import duration, size
 
 KEY_METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta", "dead_fraction", "explained_variance", "l2_ratio", "kl")
 ORDER = {"completed": 0, "pruned": 1, "diverged": 2, "error": 3}
@@ -45,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     curves = pd.read_parquet(run_dir / "curves.parquet") if (run_dir / "curves.parquet").exists() else None
     config_text = _text(run_dir / "config.yaml")
     config = yaml.safe_load(config_text) or {}
-    decision, ledger, store = (_json(run_dir / f"{name}.json") for name in ("decision", "ledger", "store"))
+    decision, ledger, store = (read_json_if(run_dir / f"{name}.json") for name in ("decision", "ledger", "store"))
 
     lead, role = figures.lead(decision)
     titles = {row["sae_id"]: tooltip(row) for row in figures.records(table)}
@@ -128,8 +129,8 @@ def key_numbers(table: pd.DataFrame, decision: Mapping[str, Any]) -> list[dict[s
         entry = {"label": label(name), "meaning": BY_NAME[name].meaning}
         entry["split"] = "in training" if of_training else "validation"
         for split, metrics in (("validation", validation), ("test", {} if of_training else test)):
-            entry[split] = show(name, metrics.get(name)) if metrics else ""
-            entry[f"{split}_interval"] = interval(name, metrics.get(f"{name}_low"), metrics.get(f"{name}_high"))
+            shown = cell(name, metrics)
+            entry |= {split: shown["value"] if metrics else "", f"{split}_interval": shown["interval"]}
         numbers.append(entry)
     return numbers
 
@@ -293,7 +294,3 @@ def _plain(value: Any) -> str:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

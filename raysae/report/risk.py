@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.artifacts import read_json
-from raysae.report.columns import interval, label, show
+from raysae.artifacts import read_json_if
+from raysae.report.columns import cell, interval, label, show
 
 METRICS = ("fvu", "l0", "ce_loss_recovered")
 KINDS = {"whitespace": "Spaces and line breaks", "names": "Names swapped", "numbers": "Numbers changed"}
@@ -42,12 +42,7 @@ def domains(rows: pd.DataFrame, worst: dict[str, Any], enough: int) -> dict[str,
         {
             "domain": row["domain"] or "none",
             "cells": [
-                {
-                    "value": show(name, row[name]),
-                    "interval": interval(name, row[f"{name}_low"], row[f"{name}_high"]),
-                    "worst": worst.get(name, {}).get("domain") == row["domain"],
-                }
-                for name in METRICS
+                {**cell(name, row), "worst": worst.get(name, {}).get("domain") == row["domain"]} for name in METRICS
             ],
             "groups": f"{row['n_groups']:,}",
             "scored": f"{row['n_scored_groups']:,}",
@@ -79,17 +74,6 @@ def kind(entry: dict[str, Any]) -> dict[str, Any]:
             if entry[key]
         ),
         "cells": [
-            {
-                "value": show("fvu", entry[name]),
-                "interval": interval("fvu", entry[f"{name}_low"], entry[f"{name}_high"]),
-                "null": show("fvu", entry[f"{name}_null"]),
-                "null_interval": interval("fvu", entry[f"{name}_null_low"], entry[f"{name}_null_high"]),
-            }
-            for name in ("jaccard", "cosine")
+            {**cell("fvu", entry, name), "null": cell("fvu", entry, f"{name}_null")} for name in ("jaccard", "cosine")
         ],
     }
-
-
-def read_json_if(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping; empty where there is no file."""
-    return read_json(path) if path.exists() else {}

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from raysae.artifacts import read_json, write_atomic
 from raysae.report import figures
-from raysae.report.columns import COLUMNS, interval, is_number, label, show
+from raysae.report.columns import COLUMNS, cell, is_number, label, show
 
 FULL_SIZE = 12_000_000
 """Bytes of cards above which a page shows fewer contexts of each; all are in cards.jsonl."""
@@ -184,8 +184,7 @@ def _metrics(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "label": column.label,
-            "value": show(column.name, row[column.name]),
-            "interval": interval(column.name, row.get(f"{column.name}_low"), row.get(f"{column.name}_high")),
+            **cell(column.name, row),
             "meaning": column.meaning,
         }
         for column in COLUMNS

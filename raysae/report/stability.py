@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from raysae.artifacts import read_json_if
 from raysae.report.columns import interval, is_number, label, show
-from raysae.report.risk import read_json_if
 from raysae.sae.architectures import COEFFICIENTS
 
 SHOWN_AWAY = ("fvu", "l0", "ce_loss_recovered", "ce_delta")
