@@ -100,8 +100,8 @@ def test_the_table_tells_what_is_done_from_what_is_to_do_and_what_goes_over():
     spent = spending([e.ledger() for e in entries], {"device_hours": 1.0, "tokens": 4000, "gigabytes": None})
     assert spent["tokens"]["before"] == 500 and spent["tokens"]["spent"] == 2000
     lines = in_words(entries, spent).splitlines()
-    assert "done" in lines[1] and "120 min" in lines[2] and "2 x 1 CPU" in lines[2]
-    assert lines[3].split()[:4] == ["to", "do", "120", "min"] and "1,500" in lines[3] and "2,000" not in lines[3]
+    assert "done" in lines[1] and "2.0 h" in lines[2] and "2 x 1 CPU" in lines[2]
+    assert lines[3].split()[:4] == ["to", "do", "2.0", "h"] and "1,500" in lines[3] and "2,000" not in lines[3]
     assert any(line.startswith("budget.device_hours: 2 of 1 (200%) OVER") for line in lines)
     assert any(line.startswith("budget.tokens: 2,000 of 4,000 (50%)") and "OVER" not in line for line in lines)
     assert not any("budget.gigabytes" in line for line in lines)
