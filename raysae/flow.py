@@ -129,8 +129,9 @@ class Flow(Evidence):
             evidence[""].append(self.stability(saes, validation, store, tokens, model))
             recurring = evidence[""][-1].manifest["stability"]
             table = table.merge(stability_columns(recurring), on="sae_id", how="left")
-            for name in controls:  # an untrained SAE's decoder is random directions: it is as stable as the null
-                controls[name] |= recurring["nulls"].get(name.removeprefix("control-untrained-"), {})
+            for c in controls.values():  # an untrained SAE's decoder is random directions: it is as stable as the null
+                if c["kind"] == "untrained":
+                    c |= recurring["nulls"].get(f"{c['architecture']}-{c['d_sae']}-{c['site']}", {})
         choice = choose(table, self.gate, controls, self.waiver)
         table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
         table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))

@@ -113,6 +113,17 @@ def test_a_training_that_diverged_is_not_made(trial, peers, tmp_path):
     assert beside({"x": found}, "shuffled_rows", SITE, "relu") is None
 
 
+def test_the_random_sae_of_probes_and_features_is_another_start_in_the_same_place(trial, peers):
+    store = Store(trial.store)
+    for peer in peers:
+        start, other = made("untrained", peer, store, 0)[0], nulls.random_sae(peer.sae, store, SITE, 0)
+        assert other.config == replace(start.config, seed=peer.sae.config.seed + 1)
+        assert torch.equal(other.parameters["b_dec"], start.parameters["b_dec"])
+        cosines = torch.cosine_similarity(other.parameters["W_dec"], start.parameters["W_dec"], dim=1)
+        assert cosines.abs().mean() < 0.5
+        assert torch.equal(nulls.random_sae(peer.sae, store, SITE, 0).parameters["W_enc"], other.parameters["W_enc"])
+
+
 def test_the_widest_with_the_median_coefficient_is_compared():
     def row(sae_id, architecture, d_sae, value, seed=0, status="completed", site="s"):
         knob = "k" if architecture == "topk" else "l1_coefficient"
