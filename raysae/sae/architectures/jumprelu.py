@@ -95,8 +95,10 @@ class JumpReLU(Architecture):
         g_f = moment.gradient(f, g_out, p["W_dec"]).values
         if penalty.at_f is not None:
             g_f += penalty.at_f
-        g_pre = f.with_values(torch.mul(g_f, on, out=f.values))  # f is done with: its memory serves
-        g_threshold = threshold * f.with_values(g_f.mul_(near)).sum() + penalty.at_l0 / x.shape[0] * window
+        # f is done with: its memory serves. No products with masks, which would be copied to floats first.
+        g_pre = f.with_values(torch.where(on, g_f, g_f.new_zeros(()), out=f.values))
+        g_near = f.with_values(g_f.masked_fill_(near.logical_not_(), 0))
+        g_threshold = threshold * g_near.sum() + penalty.at_l0 / x.shape[0] * window
         g_threshold /= -epsilon
         if penalty.at_pre is not None:
             g_pre.values.add_(penalty.at_pre)
