@@ -115,6 +115,7 @@ def test_a_killed_driver(undisturbed, arithmetic_model, tmp_path):
     output = tmp_path / "results"
     config = write_config(tmp_path / "job.yaml", small_values(arithmetic_model, output, training=LONGER))
     captured, trained = "stages/store-*/shards/*.json", "stages/sweep-*/history/*.jsonl"
+    shards: dict[Path, int] = {}
     for sign in (captured, trained):
         driver = start_job(config)
         try:
@@ -123,8 +124,8 @@ def test_a_killed_driver(undisturbed, arithmetic_model, tmp_path):
         finally:
             driver.kill()
             driver.wait()
+        shards = {file: file.stat().st_mtime_ns for file in output.glob(captured)} | shards
     assert not list(output.glob("*/decision.json"))
-    shards = {file: file.stat().st_mtime_ns for file in output.glob(captured)}
     driver = start_job(config)
     assert driver.wait(timeout=400) == 0, config.with_suffix(".log").read_text()
     assert all(file.stat().st_mtime_ns == made for file, made in shards.items())  # not captured again

@@ -21,7 +21,6 @@ from raysae.replicate import compare, differences, in_words, replicate
 from raysae.schedule import Kind
 from raysae.sweep.space import Proposal
 
-pytestmark = pytest.mark.xdist_group("ray")
 SEARCHED = {"search": "optuna", "samples": 2, "prune": {"enabled": True, "grace_fraction": 0.2, "margin": 0.0}}
 
 
