@@ -3,7 +3,8 @@
     python benchmarks/evaluate_many.py [--repeats 5] [--json FILE]
 
 `measure_block` on one validation block (about 16,000 tokens, all scored) of TinyStories, stories260K (5 blocks, d 64),
-blocks.2.resid_post; TopK SAEs of 512 latents, k 16, untrained, since their quality does not change what they cost.
+blocks.2.resid_post and blocks.4.resid_post; TopK SAEs of 512 latents, k 16, untrained, since their quality does not change
+what they cost.
 
 - eight / one: the target is 2, and is not met (2.8). The SAEs share the clean pass and both ablations; each adds a pass
   of its own from the site upwards (here 2 of 5 blocks and the head), and its reconstruction of the rows. With a cost of
@@ -46,6 +47,7 @@ from raysae.sae.train import untrained
 from raysae.sweep.trial import input_scale
 
 D_SAE, K, SAES = 512, 16, 8
+SITES = (quality.SITE, "blocks.4.resid_post")
 
 
 def main() -> int:
@@ -54,27 +56,27 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        quality.make_store(root, rows_per_block=16_384)
+        quality.make_store(root, 16_384, SITES)
         block = read_block(sorted((root / "tokens").glob("validation-*.parquet"))[0])
-        table = measure(root, block, make_saes(root), args.repeats)
-    return common.finish([table], args.json, load)
+        tables = [measure(root / site, root / "store", site, block, args.repeats) for site in SITES]
+    return common.finish(tables, args.json, load)
 
 
-def make_saes(root: Path) -> list[tuple[str, Path]]:
-    store = Store(root / "store")
+def make_saes(root: Path, store: Store, site: str) -> list[tuple[str, Path]]:
     made = []
     for seed in range(SAES):
         config = SAEConfig("topk", quality.D_IN, D_SAE, k=K, seed=seed)
-        formats.save(untrained(config, input_scale(store, quality.SITE)), root / f"sae-{seed}")
+        formats.save(untrained(config, input_scale(store, site)), root / f"sae-{seed}")
         made.append((f"sae-{seed}", root / f"sae-{seed}"))
     return made
 
 
-def measure(root: Path, block: TokenBlock, saes: list[tuple[str, Path]], repeats: int) -> common.Table:
+def measure(root: Path, store: Path, site: str, block: TokenBlock, repeats: int) -> common.Table:
+    saes = make_saes(root, Store(store), site)
     host = ModelHost.load(str(quality.model_path()))
 
     def evaluate(name: str, members: list[tuple[str, Path]]) -> None:
-        task = Measurement(root / "store", quality.SITE, tuple(members), root / name, 16_384, 1.0)
+        task = Measurement(store, site, tuple(members), root / name, 16_384, 1.0)
         measure_block(host, block, task)
 
     def alone() -> None:
@@ -96,7 +98,7 @@ def measure(root: Path, block: TokenBlock, saes: list[tuple[str, Path]], repeats
     sums = {name: pd.read_parquet(root / name / f"{block.name}.parquet") for name in ("eight", "whole")}
 
     table = common.Table.titled(
-        f"{SAES} TopK SAEs of {D_SAE} latents on stories260K, {sum(len(ids) for ids in block.input_ids)} tokens"
+        f"{SAES} TopK SAEs of {D_SAE} latents on stories260K, {site}, {sum(len(ids) for ids in block.input_ids)} tokens"
     )
     for name, label in (
         ("one", "one SAE, s"),

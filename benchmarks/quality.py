@@ -183,7 +183,7 @@ def model_path() -> Path:
     return _shared() / "models" / "stories260K" / "hf"
 
 
-def make_store(root: Path, rows_per_block: int = 65_536) -> Path:
+def make_store(root: Path, rows_per_block: int = 65_536, sites: Sequence[str] = (SITE,)) -> Path:
     """Capture the rows, by raysae's own functions, as configs/stories260k.yaml has them. Tokens lie in `root/tokens`."""
     from raysae.activations import capture
     from raysae.data.sources import load_problems
@@ -196,7 +196,7 @@ def make_store(root: Path, rows_per_block: int = 65_536) -> Path:
     problems = load_problems("text", str(text), text_separator=r"(?<!\n)\n(?!\n)", text_replace=("\n\n", "\n"))
     split = assign_splits(problems, 0.1, 0.1, None, 0)
     made = tokenize(split, load_tokenizer(model), 512, "concat", rows_per_block, 0, root / "tokens")
-    settings = capture.CaptureSettings((SITE,), "bfloat16", 16_384, 0)
+    settings = capture.CaptureSettings(tuple(sites), "bfloat16", 16_384, 0)
     host = ModelHost.load(model)
     for block in made["blocks"]:
         capture.capture_block(host, read_block(root / "tokens" / block["file"]), root / "store", settings)
