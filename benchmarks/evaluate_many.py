@@ -6,12 +6,12 @@
 blocks.2.resid_post and blocks.4.resid_post; TopK SAEs of 512 latents, k 16, untrained, since their quality does not change
 what they cost.
 
-- eight / one: the target is 2, and is not met (2.9, 2.7). The SAEs share the clean pass and both ablations; each adds a pass
-  of its own from the site upwards (at block 2: 2 of 5 blocks and the head), and its reconstruction of the rows. With a cost of
-  F for what is shared and v for each SAE, (F + 8 v) / (F + v) <= 2 needs F >= 6 v. In blocks of the model alone F is
-  5 + 2 + 2 and v is 2, which gives 25 / 11 = 2.3; the head and what an SAE does with the rows come on top. So the ratio
-  falls with the share of the model below the site and with the model's size against d_sae. That ablations start at the
-  site, too, makes one SAE cheaper and so the ratio worse: it is no measure of speed by itself.
+- eight / one: the target is 2, and is not met (2.9, 2.7). The SAEs share the clean pass and both ablations; each adds a
+  pass of its own from the site upwards (at block 2: 2 of 5 blocks and the head), and its reconstruction of the rows. With
+  a cost of F for what is shared and v for each SAE, (F + 8 v) / (F + v) <= 2 needs F >= 6 v. In blocks of the model alone
+  F is 5 + 2 + 2 and v is 2, which gives 25 / 11 = 2.3; the head and what an SAE does with the rows come on top. So the
+  ratio falls with the share of the model below the site and with the model's size against d_sae. That ablations start at
+  the site, too, makes one SAE cheaper and so the ratio worse: it is no measure of speed by itself.
 - whole passes: the same, with every pass from token 0, as before. That the sums are equal is checked.
 - each alone: one SAE after another, each with its own clean pass and ablations.
 
