@@ -283,9 +283,11 @@ def search(job: Job, way: Way, points: list[Point]) -> list[Point]:
 
 
 def spread(job: Job, way: Way, points: list[Point]) -> None:
-    """Add an SAE of another L0 where there is none, so that there is a slope."""
-    if math.isnan(settle(points, way)[1]):
-        points.append(train(job, way, 1.25 * nearest(points)[0].setting, 0))
+    """Add SAEs until one has another L0, so that there is a slope."""
+    setting = nearest(points)[0].setting
+    for factor in (1.25, 2.5):
+        if math.isnan(settle(points, way)[1]):
+            points.append(train(job, way, factor * setting, 0))
 
 
 def round_k(job: Job, setting: float) -> float:
