@@ -123,7 +123,7 @@ class Flow(Evidence):
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
         table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
-        controls = _controls(controlled)
+        controls = controls_of(controlled)
         evidence = {"": [self.domains(validation, tokens, records, store.manifest["sites"])]}
         if len(self.config.sweep.seeds) > 1:
             evidence[""].append(self.stability(saes, validation, store, tokens, model))
@@ -247,7 +247,7 @@ class Flow(Evidence):
             raise UserError(f"run: {self.directory} is not empty and no run of raysae; give another --run")
 
 
-def _controls(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
+def controls_of(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
     """What was measured of each null that was made, and its facts."""
     found = {}
     for nulls, _, seen in controlled:

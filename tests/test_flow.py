@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ import raysae
 from raysae.activations.store import Store
 from raysae.config import NULLS
 from raysae.errors import UserError
+from raysae.evidence import Controls
+from raysae.flow import controls_of
 from raysae.sae import formats
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -254,11 +257,18 @@ def test_every_null_is_measured_and_judged_beside_its_sae(controlled):
         assert (m["kind"], m["architecture"], m["site"]) == (kind, architecture, site)
         assert table.at[m["compared"], "architecture"] == architecture
         assert formats.load(controlled.path / "nulls" / name).config.d_sae == m["d_sae"]
-        assert m["dead_fraction"] == m["never_fired_fraction"]  # its dead window is the split: it was not trained
         assert (m["ce_loss_recovered"] is None or np.isnan(m["ce_loss_recovered"])) == (kind == "untrained_model")
         if kind == "permuted" or (kind in ("pca", "ica") and architecture == "topk"):
             assert m["l0"] == pytest.approx(table.at[m["compared"], "l0"], abs=1e-6)
     assert all(kind in controlled.report.read_text() for kind in ("PCA", "decoder rows permuted", "random weights"))
+
+
+def test_the_dead_window_of_a_null_is_the_split_and_one_that_diverged_is_no_control():
+    made = SimpleNamespace(manifest={"nulls": {"a": {"kind": "pca", "made": True}, "b": {"made": False}}})
+    seen = SimpleNamespace(manifest={"metrics": {"a": {"fvu": 0.5, "never_fired_fraction": 0.25}}})
+    found = controls_of([Controls(made, None, seen)])
+    measured = {"fvu": 0.5, "never_fired_fraction": 0.25}
+    assert found == {"a": {**measured, "dead_fraction": 0.25, "kind": "pca", "made": True}}
 
 
 def test_the_untrained_model_s_sae_reads_that_model_and_becomes_the_probes_baseline(controlled):
