@@ -184,7 +184,7 @@ class Stages:
         blocks = tokens.manifest["blocks"]
 
         def build(path: Path) -> Mapping[str, Any]:
-            work = {"capture": _CaptureWork(path, settings)}
+            work = {"capture": capture.Capture(path, settings)}
             cost = self._over_blocks(work, blocks, capture.done, tokens.path, model)
             manifest = capture.finish(path, blocks, settings, made_with, c.max_non_finite_fraction)
             return {**manifest, "cost": {"tokens": sum(manifest["rows"].values()), **cost}}
@@ -455,18 +455,6 @@ class Stages:
             "raysae_version": __version__,
             "raysae_store": store.path.name,
         }
-
-
-class _CaptureWork:
-    """`capture_block` with its settings, as the pool of hosts wants it."""
-
-    def __init__(self, root: Path, settings: Any) -> None:
-        self.root, self.settings = root, settings
-
-    def __call__(self, host: Any, block: Any) -> Mapping[str, Any]:
-        from raysae.activations.capture import capture_block
-
-        return capture_block(host, block, self.root, self.settings)
 
 
 def _to_measure(

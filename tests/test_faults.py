@@ -16,6 +16,7 @@ import pytest
 from small import sae_hashes, small_job, small_values, stage_of, write_config
 
 import raysae
+from raysae.activations import capture
 from raysae.activations.store import Store
 from raysae.errors import CaptureError
 
@@ -142,9 +143,7 @@ def test_a_lost_node(undisturbed, arithmetic_model, tmp_path):
 
 
 def test_a_block_that_always_kills_its_host_fails_with_its_name(ray_cluster, arithmetic_model, tmp_path, monkeypatch):
-    import raysae.stages
-
-    real = raysae.stages._CaptureWork
+    real = capture.Capture
 
     class Deadly(real):
         def __call__(self, host, block):
@@ -152,9 +151,9 @@ def test_a_block_that_always_kills_its_host_fails_with_its_name(ray_cluster, ari
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(host, block)
 
-    monkeypatch.setattr(raysae.stages, "_CaptureWork", Deadly)
+    monkeypatch.setattr(capture, "Capture", Deadly)
     with pytest.raises(CaptureError, match=r"train-00001-\w+ killed its host 2 times"):
         raysae.sweep(small_job(arithmetic_model, tmp_path, cluster={"max_restarts": 1}))
     assert not list(tmp_path.glob("stages/store-*/manifest.json"))
-    monkeypatch.setattr(raysae.stages, "_CaptureWork", real)
+    monkeypatch.setattr(capture, "Capture", real)
     assert rows_of(raysae.sweep(small_job(arithmetic_model, tmp_path)).path.parent)

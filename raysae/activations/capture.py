@@ -38,6 +38,17 @@ class CaptureSettings:
     seed: int
 
 
+@dataclass(frozen=True)
+class Capture:
+    """`capture_block` with its settings, as a pool of hosts wants it."""
+
+    root: Path
+    settings: CaptureSettings
+
+    def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
+        return capture_block(host, block, self.root, self.settings)
+
+
 def capture_block(host: ModelHost, block: TokenBlock, root: Path, settings: CaptureSettings) -> dict[str, Any]:
     """Write the shard of `block` below `root` and return its facts (also in `shards/<name>.json`).
 
