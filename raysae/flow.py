@@ -124,10 +124,11 @@ class Flow(Evidence):
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
         table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
         controls = controls_of(controlled)
-        evidence = {"": [self.domains(validation, tokens, records, store.manifest["sites"])]}
+        evidence = [("", self.domains(validation, tokens, records, store.manifest["sites"]))]  # folder of the run, stage
         if len(self.config.sweep.seeds) > 1:
-            evidence[""].append(self.stability(saes, validation, store, tokens, model))
-            recurring = evidence[""][-1].manifest["stability"]
+            stable = self.stability(saes, validation, store, tokens, model)
+            evidence.append(("", stable))
+            recurring = stable.manifest["stability"]
             table = table.merge(stability_columns(recurring), on="sae_id", how="left")
             for c in controls.values():  # an untrained SAE's decoder is random directions: it is as stable as the null
                 if c["kind"] == "untrained":
@@ -150,17 +151,17 @@ class Flow(Evidence):
             if away:
                 ids = alike(table[table["status"] == "completed"], of_lead)["sae_id"]
                 ids = [lead, *(str(i) for i in ids if i != lead)]
-                evidence[""].append(self.transfer(saes, validation, tokens, model, ids, site, away))
+                evidence.append(("", self.transfer(saes, validation, tokens, model, ids, site, away)))
             if self.config.evaluation.invariance:
-                evidence[""].append(self.invariance(saes, records, tokens, model, lead, site))
+                evidence.append(("", self.invariance(saes, records, tokens, model, lead, site)))
             if self.config.probes.labels:
                 other = controlled[1] if len(controlled) > 1 else None
-                evidence["probes"] = [self.probes(lead, site, saes, records, store, other)]
+                evidence.append(("probes", self.probes(lead, site, saes, records, store, other)))
         completed = table[table["status"] == "completed"].set_index("sae_id")["site"]
         which = self.config.evaluation.features
         for i in completed.index if which == "all" else [lead] if which == "chosen" and lead else []:
             of_latents = self.features(i, completed[i], saes, store, tokens, records, model)
-            evidence[f"saes/{i}/features"] = [of_latents]
+            evidence.append((f"saes/{i}/features", of_latents))
 
         directory, ledger = self.directory, self._ledger()
         directory.mkdir(parents=True, exist_ok=True)
@@ -172,10 +173,9 @@ class Flow(Evidence):
         write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
         write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
         link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
-        for folder, stages in evidence.items():
-            for made in stages:
-                for file in sorted({*made.path.glob("*.json*"), *made.path.glob("*.parquet")} - {made.path / MANIFEST}):
-                    link_or_copy(file, directory / folder / file.name)
+        for folder, made in evidence:
+            for file in sorted({*made.path.glob("*.json*"), *made.path.glob("*.parquet")} - {made.path / MANIFEST}):
+                link_or_copy(file, directory / folder / file.name)
         for sae_id in completed.index:
             link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
             write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
