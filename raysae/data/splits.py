@@ -13,8 +13,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from datasketch import MinHash, MinHashLSH
-
 from raysae.data.records import Problem
 from raysae.errors import UserError
 
@@ -32,6 +30,8 @@ def near_duplicate_groups(texts: Sequence[str], threshold: float) -> list[int]:
     Returns, for each text, the index of the first text of its group. Cost grows with the candidate pairs, not with all
     pairs.
     """
+    from datasketch import MinHash, MinHashLSH  # loads half of SciPy, which model hosts need not
+
     parent = list(range(len(texts)))
     first_with: dict[frozenset[tuple[str, ...]], int] = {}
     for index, text in enumerate(texts):  # equal sets need no hashing, and many equal texts would make many pairs

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy import stats
-from scipy.sparse import issparse
+import scipy  # its parts load when used: model hosts, which import this, use none
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 Matrix = Any  # np.ndarray or scipy.sparse
@@ -80,7 +79,7 @@ def paired_permutation(
     def difference(one: np.ndarray, two: np.ndarray, axis: int) -> np.ndarray:  # of group numbers [..., groups]
         return statistic(both[one].sum(axis - 1)) - statistic(both[two].sum(axis - 1))
 
-    found = stats.permutation_test(
+    found = scipy.stats.permutation_test(
         (np.arange(groups), np.arange(groups) + groups), difference, permutation_type="samples", vectorized=True,
         n_resamples=permutations, batch=max(1, 4_000_000 // both.size), rng=np.random.default_rng(seed),
     )  # fmt: skip
@@ -93,7 +92,7 @@ def cohens_d(x: Matrix, positive: np.ndarray) -> np.ndarray:
     d = (μ₁ - μ₀) / √((σ₁² + σ₀²)/2) with population σ; 0 for a column that does not vary.
     """
     x = x.astype(np.float64, copy=False)
-    squared = x.multiply(x) if issparse(x) else np.square(x)
+    squared = x.multiply(x) if scipy.sparse.issparse(x) else np.square(x)
     means, variances = [], []
     for mask in (positive, ~positive):
         share = (mask / mask.sum(1, keepdims=True)).T
