@@ -4,7 +4,8 @@ import math
 
 import torch
 
-SPARSE = ("topk", "abstopk", "batchtopk", "matryoshka")
+REVIVING = ("topk", "abstopk", "batchtopk", "matryoshka", "jumprelu", "jumprelu_l0")
+"""Those whose loss has a term for dead latents."""
 
 
 class Jump(torch.autograd.Function):
@@ -71,6 +72,8 @@ def loss_and_latents(config, p, x, sparsity=1.0, progress=0.0, dead=None, bandwi
         if name == "jumprelu_tanh":
             squashed = torch.tanh(4 * math.sqrt(d) * f * norms).sum(1).mean()
             return loss + weight * squashed + 3e-6 / math.sqrt(d) * ((theta - pre).relu() * norms).sum(1).mean(), f
+        if dead is not None:
+            loss = loss + 1e-3 * (theta - pre)[:, dead].relu().sum(1).mean()
         l0 = Count.apply(pre, theta, bandwidth).sum(1).mean()
         return loss + (weight * l0 if name == "jumprelu_l0" else sparsity * (l0 / config.target_l0 - 1) ** 2), f
 

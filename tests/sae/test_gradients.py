@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae.reference import SPARSE, loss_and_latents
+from sae.reference import REVIVING, loss_and_latents
 
 from raysae.sae.architectures import ARCHITECTURES, Moment, SAEConfig, initial_parameters
 from raysae.sae.architectures.jumprelu import JumpReLU, TanhJumpReLU
@@ -71,7 +71,7 @@ DEAD = {
 @pytest.mark.parametrize(
     "architecture,moment",
     [(name, Moment(sparsity=0.6, progress=0.3)) for name in ARCHITECTURES]
-    + [(name, Moment(dead=dead)) for name in SPARSE for dead in DEAD.values()],
+    + [(name, Moment(dead=dead)) for name in REVIVING for dead in DEAD.values()],
     ids=lambda v: v if isinstance(v, str) else "dead" if v.dead is not None else "",
 )
 def test_gradients_equal_autograd(double_parameters, wide_bandwidth, architecture, moment):

