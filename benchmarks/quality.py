@@ -7,8 +7,8 @@ of them (`results/stages/store-*` after `jobs/sweep_sae.py --config configs/stor
 here. Every SAE has d_sae 1024 and sees the same batches of 2048 training rows.
 
 - Recipe: each library's own input scale, start and loss, and its shares of warm-up and decay. Learning rates: up to
-  six, its own default among them; the best one on validation rows counts. SAELens' JumpReLU
-  is compared loss by loss: quadratic, step, tanh.
+  six, its own default among them; the best one on validation rows counts, of raysae's only those that leave no more than
+  5 % of the latents dead. SAELens' JumpReLU is compared loss by loss: quadratic, step, tanh.
 - L0: with seed 0 the sparsity setting is adjusted until L0 is within 3 % of 16, in up to three runs; then every seed
   runs at the setting so found. FVU is read off at L0 = 16 exactly, log FVU taken as linear in log L0 with the slope
   between two of the adjusting runs.
@@ -295,7 +295,8 @@ def round_k(job: Job, setting: float) -> float:
 
 
 def train(job: Job, way: Way, setting: float, seed: int, final: bool = False) -> Point:
-    """Train one SAE and measure it: on validation rows in a search, on test rows, and for dead latents, if `final`."""
+    """Train one SAE and measure it: on validation rows in a search, on test rows if `final`. The dead latents of other
+    libraries are measured at the end only."""
     made, setting = peers.LIBRARIES[job.library], round_k(job, setting)
     store = Store(job.store)
     scale = input_scale(store, SITE)
@@ -309,7 +310,8 @@ def train(job: Job, way: Way, setting: float, seed: int, final: bool = False) ->
         return row_sums(reconstruct, rows(job.store, split), scale.mean)
 
     found = measured("test" if final else "validation").metrics()
-    dead = measured("train").metrics()["never_fired_fraction"] if final else math.nan
+    counted = final or job.library == "raysae"
+    dead = measured("train").metrics()["never_fired_fraction"] if counted else math.nan
     return Point(setting, seed, found["fvu"], found["l0"], dead)
 
 
@@ -345,9 +347,9 @@ def settle(points: Sequence[Point], way: Way) -> tuple[float, float]:
 
 
 def at_target(points: Sequence[Point], slope: float) -> float:
-    """FVU at the target, from the nearest point; inf where that is half or twice it."""
+    """FVU at the target, from the nearest point; inf where that is half or twice it, or known to leave too many dead."""
     point = nearest(points)[0]
-    if distance(point.l0) > math.log(2):
+    if distance(point.l0) > math.log(2) or 100 * point.dead > DEAD_TARGET:
         return math.inf
     return point.fvu if math.isnan(slope) else point.fvu * (TARGET / point.l0) ** slope
 

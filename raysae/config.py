@@ -221,8 +221,8 @@ class TrainingConfig(Section):
     initialisation: Literal["random", "rows"] = "random"
     """Where decoder rows point at the start: at random, or from b_dec to activations drawn from the training rows."""
     resample_at: tuple[Fraction, ...] = ()
-    """Shares of the training after which dead latents of architectures without AuxK start anew, at badly reconstructed
-    rows."""
+    """Shares of the training after which dead latents start anew, at badly reconstructed rows. Not in the TopK family and
+    JumpReLU (but jumprelu_tanh), whose losses revive them."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; auto: bfloat16 where the hardware gains. Parameters and Adam's state are float32."""
     rungs: PositiveInt = 5

@@ -69,8 +69,8 @@ def reference(member, batches, recipe, scale, clip_norm):
     start = initial_parameters(c, scale.mean * scale.factor)
     p = {k: t.requires_grad_() if k in architecture.trained else t for k, t in start.items()}
     trained = [p[k] for k in architecture.trained]
-    slower = c.architecture in ("batchtopk", "matryoshka")
-    rates = [0.3 if slower and k == "b_enc" else 1.0 for k in architecture.trained]
+    slower = {"batchtopk": 0.6, "matryoshka": 0.3}.get(c.architecture, 1.0)
+    rates = [slower if k == "b_enc" else 1.0 for k in architecture.trained]
     adam = torch.optim.Adam([{"params": [tensor]} for tensor in trained], betas=(0.9, 0.999), eps=1e-8)
     silent, threshold = torch.zeros(c.d_sae), None
     seen = {"clipped": 0, "unclipped": 0, "dead": 0}
