@@ -15,6 +15,9 @@ what they cost.
 - whole passes: the same, with every pass from token 0, as before. That the sums are equal is checked.
 - each alone: one SAE after another, each with its own clean pass and ablations.
 
+- in a run: `on_ray.map_blocks` over all validation blocks, from the start of the hosts to their end. That start, some ten
+  seconds, is shared too, so that the ratio is below the one above, and the further the smaller the split.
+
 The parts are seconds of one evaluation of eight: the model's passes without the SAEs in them, the SAEs inside the passes,
 log-probabilities, and the sums over the stored rows (with the SAEs' work there).
 """
@@ -36,7 +39,9 @@ import pandas as pd
 import quality
 import torch
 
+from raysae.activations.on_ray import map_blocks
 from raysae.activations.store import Store
+from raysae.cluster import place_hosts
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate import fidelity
 from raysae.evaluate.fidelity import Measurement, measure_block
@@ -59,6 +64,9 @@ def main() -> int:
         quality.make_store(root, 16_384, SITES)
         block = read_block(sorted((root / "tokens").glob("validation-*.parquet"))[0])
         tables = [measure(root / site, root / "store", site, block, args.repeats) for site in SITES]
+        with common.local_ray(common.cores()):
+            for table, site in zip(tables, SITES, strict=True):
+                in_a_run(table, root / site, root, site, args.repeats)
     return common.finish(tables, args.json, load)
 
 
@@ -114,6 +122,24 @@ def measure(root: Path, store: Path, site: str, block: TokenBlock, repeats: int)
     for name, value in parts(host, lambda: evaluate("parts", saes)).items():
         table.add(f"of eight together: {name}, s", value)
     return table
+
+
+def in_a_run(table: common.Table, saes_in: Path, root: Path, site: str, repeats: int) -> None:
+    """Add what the evaluation of the validation split costs in a pool of hosts, for one SAE and for eight."""
+    saes = tuple((path.name, path) for path in sorted(saes_in.glob("sae-*")))
+    shards = [shard for shard in Store(root / "store").shards if shard.split == "validation"]
+    blocks = [{"name": s.name, "file": f"{s.name.rpartition('-')[0]}.parquet", "rows": s.rows} for s in shards]
+    placement = place_hosts(common.cores(), 0, None, len(blocks))
+    model = {"name": str(quality.model_path()), "revision": None, "dtype": "float32", "trust_remote_code": False}
+
+    def evaluate(members: tuple[tuple[str, Path], ...]) -> None:
+        task = Measurement(root / "store", site, members, saes_in / "run", 16_384, 1.0)
+        map_blocks("evaluate", blocks, root / "tokens", task.root, model, task, placement, max_restarts=0)
+
+    seconds = common.alternate({"one": lambda: evaluate(saes[:1]), "eight": lambda: evaluate(saes)}, repeats)
+    table.add(f"in a run, {sum(s.rows for s in shards)} rows: one SAE, s", common.spread(seconds["one"]))
+    table.add("in a run: eight together, s", common.spread(seconds["eight"]))
+    table.add("in a run: eight / one", common.ratios(seconds["eight"], seconds["one"]), at_most=2.0)
 
 
 def _equal(one: pd.DataFrame, other: pd.DataFrame) -> bool:
