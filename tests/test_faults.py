@@ -47,8 +47,9 @@ def wait_for(what: Callable[[], object], seconds: float = 120) -> object:
     raise AssertionError("what was waited for did not happen")
 
 
-def killer(find_pid: Callable[[], int | None], killed: list[int]) -> threading.Thread:
-    """A thread that kills the process that `find_pid` finds, once."""
+def sweep_while_killing(find_pid: Callable[[], int | None], model: Path, output: Path) -> raysae.Run:
+    """The run of `undisturbed` while the process that `find_pid` finds is killed, once; fails where none was."""
+    killed: list[int] = []
 
     def kill() -> None:
         pid = wait_for(find_pid)
@@ -58,7 +59,10 @@ def killer(find_pid: Callable[[], int | None], killed: list[int]) -> threading.T
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    return thread
+    run = raysae.sweep(small_job(model, output, training=LONGER))
+    thread.join()
+    assert killed
+    return run
 
 
 def same(run: raysae.Run, undisturbed: raysae.Run) -> None:
@@ -78,12 +82,7 @@ def test_a_killed_capture_actor(ray_cluster, undisturbed, arithmetic_model, tmp_
                 continue
         return None
 
-    killed: list[int] = []
-    thread = killer(actor, killed)
-    run = raysae.sweep(small_job(arithmetic_model, tmp_path, training=LONGER))
-    thread.join()
-    assert killed
-    same(run, undisturbed)
+    same(sweep_while_killing(actor, arithmetic_model, tmp_path), undisturbed)
 
 
 def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path):
@@ -94,12 +93,7 @@ def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path):
                 return json.loads(lines[-1])["pid"]
         return None
 
-    killed: list[int] = []
-    thread = killer(trial, killed)
-    run = raysae.sweep(small_job(arithmetic_model, tmp_path, training=LONGER))
-    thread.join()
-    assert killed
-    same(run, undisturbed)
+    same(sweep_while_killing(trial, arithmetic_model, tmp_path), undisturbed)
 
 
 def start_job(config: Path) -> subprocess.Popen:
