@@ -138,7 +138,8 @@ class _Trained:
         self.finite = True
 
     def moment(self, recipe: Recipe, step: int) -> Moment:
-        return Moment(recipe.sparsity_rate(step), step / recipe.steps, self.dead(recipe), self.dtype)
+        dead = self.dead(recipe) if self.architecture.revives else None
+        return Moment(recipe.sparsity_rate(step), step / recipe.steps, dead, self.dtype)
 
     def gradients(
         self, batch: Batch, moment: Moment, losses: Losses, step: int

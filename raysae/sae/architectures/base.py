@@ -75,11 +75,16 @@ class Moment:
     progress: float = 0.0
     """Share of the training done."""
     dead: Tensor | None = None
-    """[d_sae] bool: latents that AuxK shall revive."""
+    """[d_sae] bool: latents that the loss shall revive, for an architecture that `revives`."""
     dtype: torch.dtype | None = None
     """Of the matrix products, x's own if None; parameters and sums stay as they are."""
     latent_terms: Callable[[Tensor], Tensor] | None = None
     """Gradient [rows, d_sae] of further loss terms at the latents f [rows, d_sae]."""
+
+    @property
+    def dead_index(self) -> Tensor:
+        """The indices of `dead` [n]; none where it is None."""
+        return (torch.zeros(0) if self.dead is None else self.dead).nonzero().squeeze(1)
 
     def latents(self, f: Tensor, on: Tensor | None = None) -> Latents:
         """f [rows, d_sae] as this step computes with it: dense where a further term needs all of it."""

@@ -88,7 +88,7 @@ class JumpReLU(Architecture):
         pre = product(moment.dtype, p["b_enc"], centred, p["W_enc"])  # [rows, d_sae]
         low = threshold.to(pre.dtype)
         all_on, all_near = pre > low, (pre - low).abs_() < epsilon / 2
-        dead = (moment.dead if cls.revives and moment.dead is not None else torch.zeros(0)).nonzero().squeeze(1)
+        dead = moment.dead_index
         missing = (low[dead] - pre[:, dead]).relu_()  # [rows, n_dead], before `pre` is written over
         # Places: where a latent is on, or near enough to its threshold to move it.
         f = moment.latents(pre.mul_(all_on), all_on | all_near) if cls.local else Dense(pre * all_on)

@@ -75,8 +75,9 @@ class TopK(Architecture):
         made = cls.reconstruct(p, x, f, moment)
         gradients = affine_gradients(p, centred, made.g_out, made.g_W_dec, made.g_pre)
         terms = {"reconstruction": made.loss}
-        if moment.dead is not None and bool(moment.dead.any()):
-            terms["aux"] = cls._add_aux_gradients(p, pre, made.error, x, moment.dead, centred, gradients)
+        dead = moment.dead_index
+        if len(dead):
+            terms["aux"] = cls._add_aux_gradients(p, pre, made.error, x, dead, centred, gradients)
         return Step(gradients, terms, chosen.fired(), cls.updated_buffers(p, chosen))
 
     @classmethod
@@ -87,10 +88,9 @@ class TopK(Architecture):
 
     @classmethod
     def _add_aux_gradients(
-        cls, p: Parameters, pre: Tensor, error: Tensor, x: Tensor, dead: Tensor, centred: Tensor, gradients: Parameters
+        cls, p: Parameters, pre: Tensor, error: Tensor, x: Tensor, index: Tensor, centred: Tensor, gradients: Parameters
     ) -> Tensor:
-        """Adds the gradients of the aux term, and returns it."""
-        index = dead.nonzero().squeeze(1)
+        """Adds the gradients of the aux term over the latents `index` [n], and returns it."""
         k_aux = min(max(x.shape[1] // 2, 1), index.numel())
         f_aux = Dense(cls.select_aux(pre[:, index], k_aux).dense())  # [rows, n_dead]
         W_dec = p["W_dec"][index]
