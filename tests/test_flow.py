@@ -257,6 +257,7 @@ def test_every_null_is_measured_and_judged_beside_its_sae(controlled):
         assert (m["kind"], m["architecture"], m["site"]) == (kind, architecture, site)
         assert table.at[m["compared"], "architecture"] == architecture
         assert formats.load(controlled.path / "nulls" / name).config.d_sae == m["d_sae"]
+        assert m["dead_fraction"] == m["never_fired_fraction"]  # its dead window is the split: it was not trained
         assert (m["ce_loss_recovered"] is None or np.isnan(m["ce_loss_recovered"])) == (kind == "untrained_model")
         if kind == "permuted" or (kind in ("pca", "ica") and architecture == "topk"):
             assert m["l0"] == pytest.approx(table.at[m["compared"], "l0"], abs=1e-6)
