@@ -78,6 +78,11 @@ class Dense:
         """[d_sae] bool: non-zero in any row."""
         return (self.values != 0).view(torch.uint8).amax(0).bool()  # at less than half of any()'s time on a CPU
 
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entries that are not zero of each row, their Σ|f| [rows], and those of each column [d_sae]."""
+        on = (self.values != 0).view(torch.uint8)  # sums of bytes into int32 are many times faster than of bool into int64
+        return on.sum(1, dtype=torch.int32), self.values.abs().sum(1), on.sum(0, dtype=torch.int32)
+
 
 @dataclass(frozen=True)
 class Sparse:
@@ -142,6 +147,11 @@ class Sparse:
     def fired(self) -> Tensor:
         fired = torch.zeros(self.shape[1], dtype=torch.bool, device=self.values.device)
         return fired.index_fill_(0, self.column[self.values != 0], True)
+
+    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
+        on, (rows, columns) = self.values != 0, self.shape
+        l1 = self.values.new_zeros(rows).index_add_(0, self.row, self.values.abs())
+        return torch.bincount(self.row[on], minlength=rows), l1, torch.bincount(self.column[on], minlength=columns)
 
 
 Latents = Dense | Sparse

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from raysae.sae.latents import Dense, Latents
+
 DENSE_ABOVE = 0.1
 """A latent that fires on more than this share of rows is called dense."""
 
@@ -15,6 +17,16 @@ SCALARS = (
     "squared_error", "squared_shifted", "active", "l1", "squared_norm_hat", "inner_product", "l2_ratio", "cosine",
 )  # fmt: skip
 """The sums of one number per row, by their name in `RowSums`."""
+
+
+class Rows:
+    """Rows x [n, d] with what every SAE's sums need of them alone, in float64: ‖x‖, x - shift, ‖x - shift‖²."""
+
+    def __init__(self, x: Tensor, shift: Tensor) -> None:
+        self.x, self.x64 = x, x.double()
+        self.norm = self.x64.norm(dim=1)
+        centred = self.x64 - shift.to(self.x64)
+        self.squared_shifted, self.sum_shifted = centred.square().sum(1), centred.sum(0).cpu()
 
 
 @dataclass
@@ -44,31 +56,34 @@ class RowSums:
         self.shifted = torch.zeros_like(self.shift)
         self.residual = torch.zeros_like(self.shift)
 
-    def add(self, x: Tensor, x_hat: Tensor, f: Tensor) -> dict[str, Tensor]:
-        """Add rows; returns the per-row terms [n] (float64) of SCALARS that were added, for sums by group."""
-        x64, x_hat64 = x.double(), x_hat.double()
-        centred = x64 - self.shift.to(x.device)
-        residual = x64 - x_hat64
-        norm, squared_norm_hat, inner = x64.norm(dim=1), x_hat64.square().sum(1), (x64 * x_hat64).sum(1)
+    def add(self, x: Tensor | Rows, x_hat: Tensor, f: Tensor | Latents) -> dict[str, Tensor]:
+        """Add rows; returns the per-row terms [n] (float64) of SCALARS that were added, for sums by group.
+
+        `x` may be Rows about the same shift, which several SAEs share.
+        """
+        rows = x if isinstance(x, Rows) else Rows(x, self.shift)
+        x_hat64 = x_hat.double()
+        residual = rows.x64 - x_hat64
+        squared_norm_hat, inner = x_hat64.square().sum(1), (rows.x64 * x_hat64).sum(1)
         norm_hat = squared_norm_hat.sqrt()
-        on = (f != 0).view(torch.uint8)  # sums of bytes into int32 are many times faster than of bool into int64
+        active, l1, firings = (Dense(f) if isinstance(f, Tensor) else f).counts()
         terms = {
             "squared_error": residual.square().sum(1),
-            "squared_shifted": centred.square().sum(1),
-            "active": on.sum(1, dtype=torch.int32).double(),
-            "l1": f.abs().sum(1).double(),  # a row's own sum in the dtype of f: in float64 it takes six times as long
+            "squared_shifted": rows.squared_shifted,
+            "active": active.double(),
+            "l1": l1.double(),  # a row's own sum in the dtype of f: in float64 it takes six times as long
             "squared_norm_hat": squared_norm_hat,
             "inner_product": inner,
-            "l2_ratio": norm_hat / norm.clamp_min(1e-12),
-            "cosine": inner / (norm * norm_hat).clamp_min(1e-12),
+            "l2_ratio": norm_hat / rows.norm.clamp_min(1e-12),
+            "cosine": inner / (rows.norm * norm_hat).clamp_min(1e-12),
         }
-        self.rows += x.shape[0]
+        self.rows += x_hat.shape[0]
         sums = torch.stack([values.sum() for values in terms.values()]).tolist()
         for name, value in zip(terms, sums, strict=True):
             setattr(self, name, getattr(self, name) + value)
-        self.shifted += centred.sum(0).cpu()
+        self.shifted += rows.sum_shifted
         self.residual += residual.sum(0).cpu()
-        firings = on.sum(0, dtype=torch.int32).long().cpu()
+        firings = firings.long().cpu()
         self.firings = firings if self.firings is None else self.firings + firings
         return terms
 

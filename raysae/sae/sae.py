@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
+from raysae.sae.latents import Latents, entries
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,14 @@ class SAE:
         """x̂ [rows, d_in] of latents f [rows, d_sae]."""
         return torch.addmm(self.parameters["b_dec"], f, self.parameters["W_dec"])
 
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Latents]:
+        """x̂ [rows, d_in] of float32 x, and the latents, both computed as sparse where that pays."""
+        f = entries(self.encode(x))
+        return f.decode(self.parameters["W_dec"], self.parameters["b_dec"]), f
+
     def __call__(self, x: Tensor) -> Tensor:
         """x̂ [rows, d_in], in the dtype of x."""
-        return self.decode(self.encode(x.to(torch.float32))).to(x.dtype)
+        return self.reconstruct(x.to(torch.float32))[0].to(x.dtype)
 
     def to(self, device: torch.device | str) -> SAE:
         return SAE(self.config, {name: p.to(device) for name, p in self.parameters.items()}, self.metadata)

@@ -237,9 +237,8 @@ def _measure(pack: Pack, member: Member, sample: torch.Tensor, batch: torch.Tens
     """FVU and L0 of the SAE as it would be saved, on the validation sample, and the trainer's own facts; what share of
     the gradient each loss term has, on a training batch."""
     sae = pack.sae(member.sae_id)
-    f = sae.encode(sample)
     sums = RowSums(pack.scale.mean)
-    sums.add(sample, sae.decode(f), f)
+    sums.add(sample, *sae.reconstruct(sample))
     found = sums.metrics()
     shares = {f"share_{term}": share for term, share in pack.gradient_shares(member.sae_id, batch).items()}
     return {"fvu": found["fvu"], "l0": found["l0"], **pack.state_of(member.sae_id), **shares}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from raysae.sae.latents import Dense, Sparse, entries
 from raysae.sae.metrics import SCALARS, RowSums
 
 
@@ -19,6 +20,21 @@ def measured(x, x_hat, f=None, shift=None, batch=None):
 @pytest.fixture
 def x():
     return torch.randn(1000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 5
+
+
+def test_sums_of_sparse_and_of_dense_latents_are_the_same():
+    """Row sums, and firings by latent; two latents of negative value, one row without any."""
+    f = torch.randn(400, 64, generator=torch.Generator().manual_seed(1)).relu().mul(torch.arange(64) < 3)
+    f[5, :2], f[7] = torch.tensor([-0.5, -2.0]), 0.0
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
+    sparse, dense = entries(f), Dense(f)
+    assert isinstance(sparse, Sparse)
+    one, other = RowSums(torch.zeros(6)), RowSums(torch.zeros(6))
+    terms, expected = one.add(x, x, sparse), other.add(x, x, dense)
+    for name in SCALARS:
+        assert terms[name] == pytest.approx(expected[name], rel=1e-6), name
+    assert torch.equal(one.firings, other.firings) and one.metrics() == pytest.approx(other.metrics())
+    assert terms["l1"][5] == pytest.approx(2.5 + f[5, 2].item()) and terms["active"][7] == 0
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0, 100.0])
