@@ -40,7 +40,7 @@ class HostActor:
         (self.root / "attempts" / "start of a host").unlink(missing_ok=True)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        block = read_block(batch["bytes"][0], name=batch["name"][0])
+        block = read_block(batch["bytes"][0])
         capture.attempt(self.root, block.name, self.limit)
         facts = self.work(self.host, block)
         (self.root / "attempts" / block.name).unlink(missing_ok=True)
@@ -69,18 +69,16 @@ def map_blocks(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0
-    names = {str((tokens / block["file"]).resolve()): block["name"] for block in blocks}
-    pool = (
-        ray.data.read_binary_files(sorted(names), include_paths=True, override_num_blocks=len(names), num_cpus=0.1)
-        .map(lambda row: {"bytes": row["bytes"], "name": names[str(Path(row["path"]).resolve())]}, num_cpus=0.1)
-        .map_batches(
-            HostActor,
-            fn_constructor_args=(model, work, str(root), max_restarts, placement.workers, placement.threads),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=placement.workers),
-            num_cpus=placement.cpus,
-            num_gpus=placement.gpus,
-        )
+    files = sorted(str((tokens / block["file"]).resolve()) for block in blocks)
+    # One process reads: a block takes milliseconds, and a process for it seconds of CPU.
+    read = ray.data.read_binary_files(files, override_num_blocks=len(files), num_cpus=0.1, concurrency=1)
+    pool = read.map_batches(
+        HostActor,
+        fn_constructor_args=(model, work, str(root), max_restarts, placement.workers, placement.threads),
+        batch_size=1,
+        compute=ActorPoolStrategy(size=placement.workers),
+        num_cpus=placement.cpus,
+        num_gpus=placement.gpus,
     )
     rows = {block["name"]: block["rows"] for block in blocks}
     with Progress(what, sum(rows.values()), "tok") as progress:
