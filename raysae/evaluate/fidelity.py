@@ -99,8 +99,8 @@ class _BlockRows:
     """
 
     def __init__(self, store: Store, site: str, block: TokenBlock, device: torch.device) -> None:
-        self.groups = sorted(set(block.groups))
-        self.of_example = np.array([self.groups.index(name) for name in block.groups])
+        groups, self.of_example = np.unique(block.groups, return_inverse=True)
+        self.groups: list[str] = groups.tolist()
         token, ends = tokens_of_rows(store, block), np.cumsum([len(ids) for ids in block.input_ids])
         row = np.full(ends[-1], -1)
         row[token] = np.arange(len(token))
@@ -199,6 +199,7 @@ def _score(
 
 
 def _in_place_of(x_hat: list[Tensor], live: Tensor) -> Tensor:
+    """What is spliced in: x̂ of the rows [n, width] that the pass has there, made from the clean pass's equal ones."""
     return torch.cat(x_hat)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
-from raysae.sae.latents import Latents, entries
+from raysae.sae.latents import Latents
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SAE:
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Latents]:
         """x̂ [rows, d_in] of float32 x, and the latents, both computed as sparse where that pays."""
-        f = entries(self.encode(x))
+        f = ARCHITECTURES[self.config.architecture].encode_latents(self.parameters, self.config, x)
         return f.decode(self.parameters["W_dec"], self.parameters["b_dec"]), f
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+from format_examples import X, assert_same, folded
 
+from raysae.sae import latents
+from raysae.sae.architectures import ARCHITECTURES
 from raysae.sae.latents import Dense, Sparse, entries
 from raysae.sae.metrics import SCALARS, RowSums
 
@@ -23,18 +26,30 @@ def x():
 
 
 def test_sums_of_sparse_and_of_dense_latents_are_the_same():
-    """Row sums, and firings by latent; two latents of negative value, one row without any."""
+    """Row sums, and firings by latent; two latents of negative value, one row without any, places whose value is 0."""
     f = torch.randn(400, 64, generator=torch.Generator().manual_seed(1)).relu().mul(torch.arange(64) < 3)
     f[5, :2], f[7] = torch.tensor([-0.5, -2.0]), 0.0
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(2))
-    sparse, dense = entries(f), Dense(f)
-    assert isinstance(sparse, Sparse)
+    sparse, dense = entries(f, (f != 0) | (torch.arange(64) == 3)), Dense(f)
+    assert isinstance(sparse, Sparse) and (sparse.values == 0).sum() == 400
     one, other = RowSums(torch.zeros(6)), RowSums(torch.zeros(6))
     terms, expected = one.add(x, x, sparse), other.add(x, x, dense)
     for name in SCALARS:
         assert terms[name] == pytest.approx(expected[name], rel=1e-6), name
     assert torch.equal(one.firings, other.firings) and one.metrics() == pytest.approx(other.metrics())
     assert terms["l1"][5] == pytest.approx(2.5 + f[5, 2].item()) and terms["active"][7] == 0
+
+
+@pytest.mark.parametrize("sparse_below", [0.0, 1.1])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reconstruct_is_encode_and_decode_dense_or_sparse(monkeypatch, architecture, sparse_below):
+    monkeypatch.setattr(latents, "SPARSE_BELOW", sparse_below)
+    sae = folded(architecture)
+    x_hat, f = sae.reconstruct(X)
+    assert isinstance(f, Sparse if sparse_below else Dense)
+    encoded = sae.encode(X)
+    assert_same(f.dense(), x_hat, encoded, sae.decode(encoded))
+    torch.testing.assert_close(sae(X.double()), x_hat.double())
 
 
 @pytest.mark.parametrize("shift", [0.0, 5.0, 100.0])

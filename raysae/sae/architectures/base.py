@@ -136,6 +136,11 @@ class Architecture(ABC):
         """f [rows, d_sae] of x [rows, d_in], by the inference rule."""
 
     @classmethod
+    def encode_latents(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Latents:
+        """As `encode`, sparse where that pays."""
+        return entries(cls.encode(p, config, x))
+
+    @classmethod
     @abstractmethod
     def step(cls, p: Parameters, config: SAEConfig, x: Tensor, moment: Moment) -> Step:
         """Loss and gradients on a batch x [rows, d_in]."""

@@ -51,6 +51,11 @@ class TopK(Architecture):
         return cls.select(preactivations(p, x), config.k or 0).dense()
 
     @classmethod
+    def encode_latents(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Latents:
+        chosen = cls.select(preactivations(p, x), config.k or 0)
+        return chosen if latents.sparse_pays((config.k or 0) / config.d_sae, x.device) else Dense(chosen.dense())
+
+    @classmethod
     def select(cls, pre: Tensor, k: int) -> Sparse:
         """Training's latents from pre-activations [rows, d_sae]."""
         column = largest_per_row(pre, k)
@@ -143,6 +148,10 @@ class BatchTopK(TopK):
     def encode(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Tensor:
         pre = preactivations(p, x)
         return pre.relu().mul_(pre > p["threshold"])
+
+    @classmethod
+    def encode_latents(cls, p: Parameters, config: SAEConfig, x: Tensor) -> Latents:
+        return latents.entries(cls.encode(p, config, x))
 
     @classmethod
     def initial(cls, config: SAEConfig, p: Parameters) -> Parameters:
