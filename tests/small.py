@@ -19,7 +19,8 @@ def small_values(model_path: Path, output: Path, **changes: Any) -> dict[str, An
         "output": str(output),
         "data": {"source": "arithmetic", "examples": 400},
         "model": {"name": str(model_path)},
-        "capture": {"sites": ["blocks.1.resid_post"], "rows_per_shard": 4000},
+        # In float32 the store's rows are what the model computes, which scored rows are measured as.
+        "capture": {"sites": ["blocks.1.resid_post"], "rows_per_shard": 4000, "dtype": "float32"},
         "sweep": {
             "architectures": ["relu", "topk"],
             "expansion_factors": [2, 4],

@@ -363,7 +363,8 @@ def test_a_block_of_other_tokens_is_refused(world):
 
 
 @pytest.mark.parametrize("tokens_per_forward", [1, 10_000])
-def test_padding_and_batching_do_not_matter(world, tokens_per_forward):
+def test_padding_and_batching_do_not_matter(world, monkeypatch, tokens_per_forward):
+    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 7)
     task = replace(world.task, root=world.root / f"batch{tokens_per_forward}", tokens_per_forward=tokens_per_forward)
     for block in world.blocks:
         measure_block(world.host, block, task)
