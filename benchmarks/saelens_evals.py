@@ -8,8 +8,9 @@ whose hook points are module names (HookedTransformer knows published names only
 shuffle a dataset anew, so a stand-in hands its `run_evals` our validation sequences; it calls nothing else of it.
 
 First table, of rows (special tokens left out by both). SAELens' variance is about the per-dimension mean of the evaluated
-rows, as ours is. All of them are scored, so that both libraries measure them as the model computes them. SAELens takes the
-relative bias by batch and then the mean of batches: 2e-3 of its value; the others 1e-5.
+rows, as ours is. Tolerances are for what is known to differ: raysae measures the rows of the store, which are bfloat16,
+and SAELens those of a new forward pass, in float32, so that a few latents change sides at TopK's edge; SAELens takes the
+relative bias by batch and then the mean of batches. EV 1e-3, the others 2e-3, of SAELens' value.
 
 Second table, of the model, in nats. Each library's own figures differ by definition, and are printed without a target:
 
@@ -55,12 +56,12 @@ from raysae.sweep.trial import input_scale
 HOOK = "model.layers.2"  # blocks.2.resid_post, as the Hugging Face model calls the module
 D_SAE, K, BATCH, SEQUENCES_AT_ONCE = 512, 16, 2048, 16
 ROWS = {  # name in raysae, (group, name in SAELens), tolerance
-    "explained_variance": (("reconstruction_quality", "explained_variance"), 1e-5),
-    "l0": (("sparsity", "l0"), 1e-5),
-    "l1": (("sparsity", "l1"), 1e-5),
-    "l2_ratio": (("shrinkage", "l2_ratio"), 1e-5),
+    "explained_variance": (("reconstruction_quality", "explained_variance"), 1e-3),
+    "l0": (("sparsity", "l0"), 2e-3),
+    "l1": (("sparsity", "l1"), 2e-3),
+    "l2_ratio": (("shrinkage", "l2_ratio"), 2e-3),
     "relative_reconstruction_bias": (("shrinkage", "relative_reconstruction_bias"), 2e-3),
-    "cosine": (("reconstruction_quality", "cossim"), 1e-5),
+    "cosine": (("reconstruction_quality", "cossim"), 2e-3),
 }
 MODEL = {
     "ce_clean": ("model_performance_preservation", "ce_loss_without_sae"),

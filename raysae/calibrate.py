@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +92,26 @@ class HostWork:
         return {"rows": block.rows}
 
     def _measuring(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
-        """Rates of measuring SAEs on a captured block: without the model, then with it. What SAEs share there is told from
-        what each takes by measuring one, then three."""
+        """Rates of measuring SAEs on a captured block. What SAEs share is told from what each takes by measuring one,
+        then three."""
         store, rows = Store(self.root), []
-
-        def measure(sae: int, count: int, scored: float = 1.0) -> float:
-            members = tuple((f"sae{i}", self.root / "saes" / str(sae)) for i in range(count))
-            to, tokens = self.root / f"measured{count}", self.settings.tokens_per_forward
-            task = fidelity.Measurement(self.root, self.saes[sae][0], members, to, tokens, scored)
-            return seconds_of(lambda: fidelity.measure_block(host, block, task))
-
         for i, (site, config) in enumerate(self.saes):
             formats.save(untrained(config, input_scale(store, site)), self.root / "saes" / str(i))
-            measure(i, 1, 0.0)
-            rows.append(measure(i, 1, 0.0) / block.rows)
-        measure(0, 1)
-        one, three = measure(0, 1), measure(0, 3)
+            sae = formats.load(self.root / "saes" / str(i)).to(host.device)
+            fidelity.row_sums({"sae": sae}, store, site, block.name)
+            rows.append(seconds_of(partial(fidelity.row_sums, {"sae": sae}, store, site, block.name)) / block.rows)
+        site = self.saes[0][0]
+
+        def measure(count: int) -> float:
+            members = tuple((f"sae{i}", self.root / "saes" / "0") for i in range(count))
+            to = self.root / f"measured{count}"
+            task = fidelity.Measurement(self.root, site, members, to, self.settings.tokens_per_forward, 1.0)
+            return seconds_of(lambda: fidelity.measure_block(host, block, task))
+
+        measure(1)
+        one, three = measure(1), measure(3)
         own = max(three - one, 0.0) / 2
-        to, mean = self.root / "measured3", store.mean(self.saes[0][0])
+        to, mean = self.root / "measured3", store.mean(site)
         spent = seconds_of(lambda: fidelity.collect(to, [block.name], mean, self.bootstrap, self.confidence, 0))
         return {
             "rows": rows,

@@ -39,7 +39,7 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, proposals, recipe
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 6, "nulls": 1, "null_model": 1, "evaluation": 4,
+    "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 6, "nulls": 1, "null_model": 1, "evaluation": 3,
     "stability": 1, "domains": 1, "transfer": 1, "invariance": 1, "probes": 1, "features": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""

@@ -19,8 +19,7 @@ def small_values(model_path: Path, output: Path, **changes: Any) -> dict[str, An
         "output": str(output),
         "data": {"source": "arithmetic", "examples": 400},
         "model": {"name": str(model_path)},
-        # In float32 the store's rows are what the model computes, which scored rows are measured as.
-        "capture": {"sites": ["blocks.1.resid_post"], "rows_per_shard": 4000, "dtype": "float32"},
+        "capture": {"sites": ["blocks.1.resid_post"], "rows_per_shard": 4000},
         "sweep": {
             "architectures": ["relu", "topk"],
             "expansion_factors": [2, 4],

@@ -86,8 +86,8 @@ def test_the_table_says_what_a_plain_computation_says(run, output):
         f = sae.encode(x.float())
         error = (x - sae.decode(f).double()).square().sum()
         fvu = (error / (x - x.mean(0)).square().sum()).item()
-        assert row["fvu"] == pytest.approx(fvu, rel=1e-6)
-        assert row["l0"] == pytest.approx((f != 0).sum(1).double().mean().item(), rel=1e-6)
+        assert row["fvu"] == pytest.approx(fvu, rel=1e-9)
+        assert row["l0"] == pytest.approx((f != 0).sum(1).double().mean().item(), rel=1e-9)
 
 
 def test_the_chosen_or_any_sae_means_the_same_to_saelens(run, output):

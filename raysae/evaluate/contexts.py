@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from raysae.activations.store import Store
-from raysae.data.tokens import TokenBlock, read_block
+from raysae.data.tokens import read_block
 from raysae.errors import UserError
 
 PIECES_AT_ONCE, ANCHOR = 32, 8
@@ -40,13 +40,16 @@ class Texts:
             begins = np.r_[True, (np.diff(sequence) != 0) | (np.diff(local) != 0)]
             edges = np.append(np.flatnonzero(begins), len(ids))
             part = np.cumsum(begins) - 1
-            at = tokens_of_rows(store, block)
+            rows = store.row_columns(name, ("example_id", "position", "token_id", "step")).to_pandas()
+            at = _find(rows, pd.Index(block.example_ids), local, position)
+            if (at < 0).any() or not np.array_equal(ids[at], rows["token_id"]):
+                raise UserError(f"store: the rows of {name} are not the tokens of {files[name]}; capture again")
             codes = np.array([number.setdefault(example, len(number)) for example in block.example_ids])
             made = (ids, position, codes[local], edges[part] + tokens, edges[part + 1] + tokens)
             for key, values in zip(parts, made, strict=True):
                 parts[key].append(values)
             of_row.append(at + tokens)
-            steps.append(store.row_columns(name, ("step",))["step"].to_numpy())
+            steps.append(rows["step"].to_numpy())
             tokens += len(ids)
         self.example_ids = list(number)
         self.ids, self.position, self.example, self.start, self.end = (np.concatenate(parts[key]) for key in parts)
@@ -100,19 +103,12 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def tokens_of_rows(store: Store, block: TokenBlock) -> np.ndarray:
-    """Where each row of a block's shard [R] stands among the block's tokens, all sequences in a row.
-
-    Joined by (example_id, position), never by place. UserError where a row is not one of those tokens.
-    """
-    ids, position, local = (np.concatenate(a) for a in (block.input_ids, block.positions, block.example))
-    rows = store.row_columns(block.name, ("example_id", "position", "token_id")).to_pandas()
-    width = max(int(position.max(initial=0)), int(rows["position"].to_numpy().max(initial=0))) + 1
+def _find(rows: pd.DataFrame, examples: pd.Index, local: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """Where each row's (example_id, position) stands among a block's tokens; -1 where it does not."""
+    width = max(int(position.max(initial=0)), int(rows["position"].max())) + 1
     there = local.astype(np.int64) * width + position
-    code = pd.Index(block.example_ids).get_indexer(rows["example_id"].astype(str)).astype(np.int64)
+    code = examples.get_indexer(rows["example_id"].astype(str)).astype(np.int64)
     wanted = np.where(code < 0, -1, code * width + rows["position"].to_numpy())
     order = np.argsort(there, kind="stable")
     at = order[np.minimum(np.searchsorted(there[order], wanted), len(there) - 1)]
-    if (there[at] != wanted).any() or not np.array_equal(ids[at], rows["token_id"]):
-        raise UserError(f"store: the rows of {block.name} are not the tokens of its block; capture again")
-    return at
+    return np.where(there[at] == wanted, at, -1)

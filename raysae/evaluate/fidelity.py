@@ -2,15 +2,13 @@
 
 Row metrics (FVU, L0, ...) use every stored row of a split. Cross-entropy and KL use the first sequences of each block, up
 to a token budget: clean, with the SAE spliced in, and with the site zero- and mean-ablated, the same tokens spliced and
-scored, special tokens and padding out of both. A row of these is reconstructed once, as the clean pass computes it, for
-its own metrics and for the splice; the other rows are read from the store. Everything is kept as sums per group and
-divided once.
+scored, special tokens and padding out of both. Everything is kept as sums per group and divided once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,6 @@ from torch import Tensor
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic, write_json
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
-from raysae.evaluate.contexts import tokens_of_rows
 from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
 from raysae.models import host as edits
 from raysae.models.host import ModelHost
@@ -65,18 +62,17 @@ def measure_block(host: ModelHost, block: TokenBlock, task: Measurement) -> dict
 
     Facts last, in `<block>.json`: a block that has them is done.
     """
-    rows = _BlockRows(Store(task.store), task.site, block, host.device)
-    sums = {sae_id: _Sums(load(path).to(host.device), rows) for sae_id, path in task.saes}
-    shared = _score(host, block, rows, list(sums.values()), task)
-    for part in rows.unread():
-        for one in sums.values():
-            one.reconstruct(part)
+    store = Store(task.store)
+    saes = {sae_id: load(path).to(host.device) for sae_id, path in task.saes}
+    scores = _score(host, block, store, saes, task)
     frames: list[pd.DataFrame] = []
     vectors: dict[str, Tensor] = {}
-    for sae_id, one in sums.items():
-        frames.append(pd.DataFrame({"group": rows.groups, **one.by_group, **shared, "sae_id": sae_id}))
-        found = {"shifted": one.rows.shifted, "residual": one.rows.residual, "firings": one.rows.firings, "top": one.top}
-        vectors |= {f"{sae_id}.{name}": vector for name, vector in found.items() if vector is not None}
+    for sae_id, (sums, by_group, top) in row_sums(saes, store, task.site, block.name).items():
+        frame = by_group.join(scores[sae_id], how="outer").fillna(0.0)
+        frames.append(frame.rename_axis("group").reset_index().assign(sae_id=sae_id))
+        vectors |= {f"{sae_id}.shifted": sums.shifted, f"{sae_id}.residual": sums.residual, f"{sae_id}.top": top}
+        if sums.firings is not None:
+            vectors[f"{sae_id}.firings"] = sums.firings
     task.root.mkdir(parents=True, exist_ok=True)
     table = pd.concat(frames, ignore_index=True)
     write_atomic(task.root / f"{block.name}.parquet", lambda path: table.to_parquet(path, index=False))
@@ -91,66 +87,32 @@ def done(root: Path, name: str) -> bool:
     return (root / f"{name}.json").exists()
 
 
-class _BlockRows:
-    """The stored rows of a block [R], and which tokens they are.
+def row_sums(
+    saes: Mapping[str, SAE], store: Store, site: str, name: str
+) -> dict[str, tuple[RowSums, pd.DataFrame, Tensor]]:
+    """By sae_id: sums over one shard's rows, in all, and by group (index group, columns ROW_SUMS).
 
-    groups: the block's, sorted; of_example: the number of each example's group among them; of_token: per sequence, the row
-    of each token, -1 where none is stored.
+    Third, of the rows with the largest norms, ‖x‖, ‖x - x̂‖² and ‖x - shift‖² [TOP_NORMS_KEPT · rows, 3].
     """
-
-    def __init__(self, store: Store, site: str, block: TokenBlock, device: torch.device) -> None:
-        groups, self.of_example = np.unique(block.groups, return_inverse=True)
-        self.groups: list[str] = groups.tolist()
-        token, ends = tokens_of_rows(store, block), np.cumsum([len(ids) for ids in block.input_ids])
-        row = np.full(ends[-1], -1)
-        row[token] = np.arange(len(token))
-        self.of_token = np.split(row, ends[:-1])
-        self.count, self.shift = len(token), store.mean(site)
-        self._codes = self.of_example[np.concatenate(block.example)[token]]
-        self._x, self._device = store.shard(site, block.name), device
-        self._unread = np.ones(len(token), dtype=bool)
-
-    def of_batch(self, batch: MicroBatch) -> Tensor:
-        """The row of each token of a batch of the block [b, T]; -1 where none is stored."""
-        found = np.full(batch.mask.shape, -1)
-        for i, sequence in enumerate(batch.index):
-            found[i, : len(self.of_token[sequence])] = self.of_token[sequence]
-        return torch.from_numpy(found)
-
-    def read(self, index: np.ndarray, x: Tensor | None = None) -> Iterator[tuple[Rows, np.ndarray]]:
-        """Some rows, from the store or as x [n, d] gives them, with the numbers of their groups; ROWS_AT_ONCE at a time."""
-        self._unread[index] = False
-        for start in range(0, len(index), ROWS_AT_ONCE):
-            part = index[start : start + ROWS_AT_ONCE]
-            rows = self._x[torch.from_numpy(part)] if x is None else x[start : start + ROWS_AT_ONCE]
-            yield Rows(rows.to(self._device, torch.float32), self.shift), self._codes[part]
-
-    def unread(self) -> Iterator[tuple[Rows, np.ndarray]]:
-        """The rows that have not been read, from the store."""
-        return self.read(np.flatnonzero(self._unread))
-
-
-class _Sums:
-    """What an SAE adds up over a block: by group (columns ROW_SUMS, and of SCORE_SUMS its own), and over all rows.
-
-    top [TOP_NORMS_KEPT · rows, 3]: ‖x‖, ‖x - x̂‖² and ‖x - shift‖² of the rows with the largest norms.
-    """
-
-    def __init__(self, sae: SAE, rows: _BlockRows) -> None:
-        self.sae, self.rows = sae, RowSums(rows.shift)
-        self.by_group = {name: np.zeros(len(rows.groups)) for name in (*ROW_SUMS, *SPLICED)}
-        self.top = torch.empty(0, 3, dtype=torch.float64)
-        self._kept = math.ceil(TOP_NORMS_KEPT * rows.count)
-
-    def reconstruct(self, part: tuple[Rows, np.ndarray]) -> Tensor:
-        """x̂ [n, d_in] of some rows, which are counted."""
-        rows, codes = part
-        x_hat, f = self.sae.reconstruct(rows.x)
-        terms = self.rows.add(rows, x_hat, f)
-        _count(self.by_group, {"rows": torch.ones(len(codes)), **terms}, codes)
-        largest = torch.stack([rows.norm, terms["squared_error"], terms["squared_shifted"]], 1)
-        self.top = _largest(torch.cat([self.top, largest.cpu()]), self._kept)
-        return x_hat
+    x, shift = store.shard(site, name), store.mean(site)
+    groups = store.row_columns(name, ("group",))["group"].to_pandas()
+    codes, names = pd.factorize(groups, sort=True)
+    kept = math.ceil(TOP_NORMS_KEPT * x.shape[0])
+    device = next(iter(saes.values())).parameters["b_dec"].device
+    sums = {sae_id: RowSums(shift) for sae_id in saes}
+    by_group = {sae_id: {column: np.zeros(len(names)) for column in ROW_SUMS} for sae_id in saes}
+    top = {sae_id: torch.empty(0, 3, dtype=torch.float64) for sae_id in saes}
+    for start in range(0, x.shape[0], ROWS_AT_ONCE):
+        part = codes[start : start + ROWS_AT_ONCE]
+        rows = Rows(x[start : start + ROWS_AT_ONCE].to(device, torch.float32), shift)
+        for sae_id, sae in saes.items():
+            x_hat, f = sae.reconstruct(rows.x)
+            terms = sums[sae_id].add(rows, x_hat, f)
+            _count(by_group[sae_id], {"rows": torch.ones(len(part)), **terms}, part)
+            largest = torch.stack([rows.norm, terms["squared_error"], terms["squared_shifted"]], 1)
+            top[sae_id] = _largest(torch.cat([top[sae_id], largest.cpu()]), kept)
+    index = pd.Index(names)
+    return {i: (sums[i], pd.DataFrame(by_group[i], index=index), top[i]) for i in saes}
 
 
 def _count(sums: dict[str, np.ndarray], values: Mapping[str, Tensor], codes: np.ndarray) -> None:
@@ -165,42 +127,34 @@ def _largest(rows: Tensor, count: int) -> Tensor:
 
 
 def _score(
-    host: ModelHost, block: TokenBlock, rows: _BlockRows, saes: Sequence[_Sums], task: Measurement
-) -> dict[str, np.ndarray]:
-    """Score each SAE's splice, and count its rows; returns the sums by group that all share (the rest of SCORE_SUMS).
+    host: ModelHost, block: TokenBlock, store: Store, saes: Mapping[str, SAE], task: Measurement
+) -> dict[str, pd.DataFrame]:
+    """By sae_id: sums by group over scored tokens (index group, columns SCORE_SUMS).
 
     The SAEs share the clean pass and the ablations, and all passes with an edit start where the clean one reached the
     site. Several SAEs in one forward pass would save nothing more: a batch is as large as it may be already.
     """
     part = block.first(math.ceil(task.scored_fraction * len(block.input_ids)))
-    shared = {name: np.zeros(len(rows.groups)) for name in SCORE_SUMS if name not in SPLICED}
-    mean = rows.shift.to(torch.float32)
+    names, of_example = np.unique(block.groups, return_inverse=True)
+    shared = {column: np.zeros(len(names)) for column in SCORE_SUMS if column not in SPLICED}
+    own = {sae_id: {column: np.zeros(len(names)) for column in SPLICED} for sae_id in saes}
+    mean = store.mean(task.site).to(torch.float32)
     below = host.start_of(task.site)
     for batch in micro_batches(part, min(task.tokens_per_forward, max(1, LOGITS_AT_ONCE // host.facts.vocab_size))):
         pairs = batch.mask[:, :-1] & batch.mask[:, 1:]  # both the predicting and the predicted token are kept
         if not bool(pairs.any()):
             continue
-        codes = rows.of_example[_pair_examples(part, batch, pairs)]
-        logits, x = host.run(batch.input_ids, batch.attention_mask, {task.site, below or task.site})
+        codes = of_example[_pair_examples(part, batch, pairs)]
+        logits, start = host.run(batch.input_ids, batch.attention_mask, [below] if below else [])
         clean = _Clean(logits, pairs, batch.input_ids[:, 1:][pairs])
-        start = {below: x[below]} if below else None
         run = partial(host.logits, batch.input_ids, batch.attention_mask, start=start)
         _count(shared, {"scored": torch.ones(len(codes)), "nll_clean": clean.nll}, codes)
         for name, edit in (("zero", edits.zero(batch.mask)), ("mean", edits.mean(mean, batch.mask))):
             _count(shared, clean.compare(name, run({task.site: edit})), codes)
-        at = rows.of_batch(batch)
-        stored = at >= 0
-        read = list(rows.read(at[stored].numpy(), x[task.site][stored.to(host.device)]))
-        for one in saes:
-            x_hat = [one.reconstruct(some) for some in read]
-            splice = edits.splice(partial(_in_place_of, x_hat), stored)
-            _count(one.by_group, clean.compare("spliced", run({task.site: splice})), codes)
-    return shared
-
-
-def _in_place_of(x_hat: list[Tensor], live: Tensor) -> Tensor:
-    """What is spliced in: x̂ of the rows [n, width] that the pass has there, made from the clean pass's equal ones."""
-    return torch.cat(x_hat)
+        for sae_id, sae in saes.items():
+            splice = edits.splice(sae, batch.mask)
+            _count(own[sae_id], clean.compare("spliced", run({task.site: splice})), codes)
+    return {sae_id: pd.DataFrame({**shared, **own[sae_id]}, index=pd.Index(names)) for sae_id in saes}
 
 
 class _Clean:

@@ -1,31 +1,28 @@
 """Fidelity metrics against the definitions, computed one unpadded sequence at a time with plain hooks on a tiny GPT-2."""
 
 from dataclasses import replace
-from shutil import copytree
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import BOS, D_MODEL, block_entry, tiny_block, tiny_host, tiny_store
-from safetensors.torch import save_file
 
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.artifacts import write_json
 from raysae.data.tokens import TokenBlock
-from raysae.errors import UserError
 from raysae.evaluate import fidelity, stability
 from raysae.evaluate.fidelity import (
     ROW_SUMS,
     SCORE_SUMS,
     Measurement,
     _ranked,
+    _top_norms,
     collect,
     done,
     measure_block,
+    row_sums,
 )
 from raysae.gates.criteria import METRICS
 from raysae.sae import formats
@@ -120,28 +117,24 @@ def logits_with(host, ids, change):
         handle.remove()
 
 
-def reference(world, sae, block, stored=None):
-    """Every metric by its definition: cross-entropy and KL over pairs of kept tokens, edits at kept tokens only.
-
-    stored: per sequence, which tokens have a row; by default those kept.
-    """
+def reference(world, sae, block):
+    """Every metric by its definition: cross-entropy and KL over pairs of kept tokens, edits at kept tokens only."""
     mean = world.store.mean(SITE).float()
     sums = dict.fromkeys(("clean", "zero", "mean", "spliced", "kl", "kl_zero", "kl_mean"), 0.0)
     n, rows = 0, []
-    for i, ids in enumerate(block.input_ids):
+    for ids in block.input_ids:
         kept = torch.from_numpy(ids != BOS)[:, None]
-        has_row = kept if stored is None else torch.from_numpy(stored[i])[:, None]
         changes = {
             "clean": lambda x: x,
             "zero": lambda x, kept=kept: torch.where(kept, torch.zeros_like(x), x),
             "mean": lambda x, kept=kept: torch.where(kept, mean, x),
-            "spliced": lambda x, has_row=has_row: torch.where(has_row, sae(x), x),
+            "spliced": lambda x, kept=kept: torch.where(kept, sae(x), x),
         }
         with torch.no_grad():
             hidden = world.host.model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[
                 1
             ][0]
-        rows.append(hidden[has_row[:, 0]])
+        rows.append(hidden[kept[:, 0]])
         log_p = {name: logits_with(world.host, ids, change).log_softmax(-1) for name, change in changes.items()}
         for t in range(len(ids) - 1):
             if ids[t] != BOS and ids[t + 1] != BOS:
@@ -237,17 +230,6 @@ def test_every_metric_that_can_gate_has_an_interval():
     assert {*_ranked(1.0), "l0_fraction"} == {*METRICS} - facts - without - {*stability.COLUMNS}
 
 
-def block_of(store, name):
-    """The tokens of a `tiny_store` shard, whose rows are examples of their own."""
-    ids = store.row_columns(name, ("example_id",))["example_id"].to_pylist()
-    n = len(ids)
-    return TokenBlock(
-        name=name, split="validation", sequence_id=np.arange(n), input_ids=list(np.zeros((n, 1), np.int64)),
-        positions=list(np.arange(n)[:, None]), step=list(np.zeros((n, 1), np.int16)),
-        loss_mask=list(np.ones((n, 1), bool)), example=list(np.arange(n)[:, None]), example_ids=ids, groups=ids,
-    )  # fmt: skip
-
-
 def test_the_largest_norms_apart(tmp_path, monkeypatch):
     """3000 rows, of which the three largest, all in one shard, carry most of the variance and are not reconstructed."""
     monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 700)
@@ -255,21 +237,19 @@ def test_the_largest_norms_apart(tmp_path, monkeypatch):
     x[2500:2503] = torch.tensor([300.0, -200.0, 400.0])[:, None]
     store = tiny_store(tmp_path, [("train", x[:1000]), ("validation", x[:2000]), ("validation", x[2000:])], SITE)
     sae = saes()["topk"]
-    formats.save(sae, tmp_path / "topk")
-    task = Measurement(store.path, SITE, (("topk", tmp_path / "topk"),), tmp_path / "found", 24, 0.0)
-    for name in store.names("validation"):
-        measure_block(tiny_host(), block_of(store, name), task)
-    found = collect(task.root, store.names("validation"), store.mean(SITE), 10, 0.95, 0)["topk"]
+    found = [row_sums({"topk": sae}, store, SITE, name)["topk"] for name in store.names("validation")]
+    sums, top = found[0][0].merge(found[1][0]), torch.cat([part[2] for part in found])
     largest = torch.arange(3000).sub(2501).abs() < 2
     error = (x.double() - sae(x).double()).square().sum(1)
     variance = (x.double() - store.mean(SITE)).square().sum(1)
-    expected = {
-        "top_norms_variance": (variance[largest].sum() / variance.sum()).item(),
-        "fvu_top_norms": (error[largest].sum() / variance[largest].sum()).item(),
-        "fvu_without_top_norms": (error[~largest].sum() / variance[~largest].sum()).item(),
-    }
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert found["top_norms_variance"] > 0.9 and found["n_rows"] == 3000
+    assert _top_norms(sums, top) == pytest.approx(
+        {
+            "top_norms_variance": (variance[largest].sum() / variance.sum()).item(),
+            "fvu_top_norms": (error[largest].sum() / variance[largest].sum()).item(),
+            "fvu_without_top_norms": (error[~largest].sum() / variance[~largest].sum()).item(),
+        }
+    )
+    assert _top_norms(sums, top)["top_norms_variance"] > 0.9
 
 
 @pytest.mark.parametrize("site", ["embed", "blocks.0.attn_out", "blocks.1.resid_pre", "blocks.1.mlp_out"])
@@ -309,62 +289,28 @@ def test_scores_use_the_first_sequences_and_row_metrics_use_all(world):
     expected = reference(world, world.saes["relu"], first)
     assert part["n_scored_tokens"] == expected["n_scored_tokens"] < whole["n_scored_tokens"]
     assert part["kl"] == pytest.approx(expected["kl"], rel=1e-4)
-    assert part["fvu"] == pytest.approx(whole["fvu"], rel=1e-6) and part["n_rows"] == whole["n_rows"]
+    assert part["fvu"] == whole["fvu"] and part["n_rows"] == whole["n_rows"]
 
 
-def test_scored_rows_are_the_models_and_the_others_the_stores(world, tmp_path):
-    """Of a store in bfloat16: a row that is scored is measured as the model computes it, without the store's rounding."""
-    block, settings = world.blocks[0], CaptureSettings((SITE,), "bfloat16", 24, 0)
-    facts = capture_block(world.host, block, tmp_path / "store", settings)
-    manifest = finish(tmp_path / "store", [block_entry(block)], settings, world.host.fingerprint, 0)
-    manifest["sites"] = world.store.manifest["sites"]
-    write_json(tmp_path / "store/manifest.json", manifest)
-    task = replace(world.task, store=tmp_path / "store", root=tmp_path / "scored")
+def test_rows_are_the_stores_and_the_splice_is_of_the_models(world, tmp_path):
+    """Of a store in bfloat16: row metrics are of what it holds, to the last digit; CE and KL see none of its rounding."""
+    block = world.blocks[0]
+    capture_block(world.host, block, tmp_path / "store", CaptureSettings((SITE,), "bfloat16", 24, 0))
+    write_json(tmp_path / "store/manifest.json", world.store.manifest)
+    task = replace(world.task, store=tmp_path / "store", root=tmp_path / "found")
     measure_block(world.host, block, task)
-    exact, scored = world.collect(block)["relu"], world.collect(block, task=task)["relu"]
-    assert scored == pytest.approx(exact, rel=1e-9, nan_ok=True)
-    stored = replace(task, root=tmp_path / "stored", scored_fraction=0.0)
-    measure_block(world.host, block, stored)
+    found, exact = world.collect(block, task=task)["relu"], world.collect(block)["relu"]
+    for name in ("ce_clean", "ce_spliced", "ce_mean", "kl"):
+        assert found[name] == exact[name], name
     x = Store(task.store).shard(SITE, block.name).float()
-    error = (x - world.saes["relu"](x)).double().square().sum().item()
-    by_group = pd.read_parquet(stored.root / f"{block.name}.parquet").set_index("sae_id").loc["relu"]
-    assert by_group["squared_error"].sum() == pytest.approx(error, rel=1e-6)
-    assert world.collect(block, task=stored)["relu"]["fvu"] != pytest.approx(exact["fvu"], rel=1e-6)
-    assert facts["rows"] == scored["n_rows"]
-
-
-def test_rows_are_joined_to_their_tokens_and_what_is_not_stored_is_left_alone(world, tmp_path):
-    """A store without one row and in another order: its token is neither counted nor spliced, all others are as before."""
-    block, store = world.blocks[0], Store(copytree(world.store.path, tmp_path / "store"))
-    order = np.random.default_rng(0).permutation(block.rows)[1:]
-    x, table = store.shard(SITE, block.name).clone()[order], store.row_columns(block.name).take(pa.array(order))
-    save_file({"x": x}, store.path / SITE / f"{block.name}.safetensors")
-    pq.write_table(table, store.path / "rows" / f"{block.name}.parquet")
-    there = {(r["example_id"], r["position"]) for r in table.to_pylist()}
-    left = [
-        np.array([(block.example_ids[e[0]], t) in there for t in at])
-        for e, at in zip(block.example, block.positions, strict=True)
-    ]
-    task = replace(world.task, store=store.path, root=tmp_path / "found")
-    measure_block(world.host, block, task)
-    found, expected = world.collect(block, task=task)["relu"], reference(world, world.saes["relu"], block, left)
-    assert found["n_rows"] == expected["n_rows"] == block.rows - 1
-    for name in ("fvu", "l0", "kl", "ce_spliced"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
-    assert found["kl"] != pytest.approx(world.collect(block)["relu"]["kl"], rel=1e-4)
-
-
-def test_a_block_of_other_tokens_is_refused(world):
-    block = tiny_block("validation", 0, examples=7, seed=1)
-    task = replace(world.task, root=world.root / "other")
-    with pytest.raises(UserError, match=f"the rows of {world.blocks[0].name} are not the tokens of its block"):
-        measure_block(world.host, replace(block, name=world.blocks[0].name), task)
-    assert not task.root.exists()
+    x, x_hat = x.double(), world.saes["relu"](x).double()
+    fvu = ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+    assert found["fvu"] == pytest.approx(fvu, rel=1e-9)
+    assert found["fvu"] != pytest.approx(exact["fvu"], rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens_per_forward", [1, 10_000])
-def test_padding_and_batching_do_not_matter(world, monkeypatch, tokens_per_forward):
-    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 7)
+def test_padding_and_batching_do_not_matter(world, tokens_per_forward):
     task = replace(world.task, root=world.root / f"batch{tokens_per_forward}", tokens_per_forward=tokens_per_forward)
     for block in world.blocks:
         measure_block(world.host, block, task)
