@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,52 @@ def resampled(by_group: pd.DataFrame, exact: float, resamples: int, seed: int) -
     """
     totals = pd.DataFrame(bootstrap_totals(by_group.to_numpy(), resamples, seed), columns=by_group.columns)
     return pd.DataFrame({name: statistic(totals) for name, statistic in _ranked(exact).items()})
+
+
+@dataclass(frozen=True)
+class Paired:
+    """SAEs that were measured on the same groups, so that any two can be subtracted resample by resample."""
+
+    sums: Mapping[str, pd.DataFrame]
+    """`group_sums` by sae_id."""
+    exact: Mapping[str, float]
+    """Σ‖x-μ‖² / Σ‖x-shift‖² of the rows of each."""
+    resamples: int
+    confidence: float
+    seed: int
+    _drawn: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def read(
+        cls, roots: Sequence[Path], names: Sequence[str], metrics: Mapping[str, Mapping[str, float]],
+        resamples: int, confidence: float, seed: int,
+    ) -> Paired:  # fmt: skip
+        """From the blocks' sums below `roots`, of the SAEs in `metrics` (by sae_id, with their fvu)."""
+        sums = {i: by for root in roots for i, by in group_sums(root, names).items() if i in metrics}
+        exact = {i: exact_share(by, metrics[i]["fvu"]) for i, by in sums.items()}
+        return cls(sums, exact, resamples, confidence, seed)
+
+    def difference(self, a: str, b: str, of: Callable[[pd.DataFrame], pd.Series]) -> tuple[float, float, float] | None:
+        """of(a) - of(b) with its interval; None where one of them has no such sums, or they are of other groups.
+
+        of: a number from the metrics of `resampled`, such as `lambda m: m.fvu`, or `lambda m: np.log(m.fvu * m.l0)`.
+        """
+        if a not in self.sums or b not in self.sums or not self.sums[a].index.equals(self.sums[b].index):
+            return None
+        values = (of(self._metrics(a)) - of(self._metrics(b))).to_numpy()
+        if not np.isfinite(values).all():
+            return None
+        return (float(values[0]), *percentile_interval(values[1:], self.confidence))
+
+    def _metrics(self, sae_id: str) -> pd.DataFrame:
+        """Each metric that has an interval [1 + resamples]: the estimate, then over resampled groups."""
+        if sae_id not in self._drawn:
+            by_group, exact = self.sums[sae_id], self.exact[sae_id]
+            totals = by_group.sum().to_frame().T
+            estimate = pd.DataFrame({name: of(totals) for name, of in _ranked(exact).items()})
+            drawn = resampled(by_group, exact, self.resamples, self.seed)
+            self._drawn[sae_id] = pd.concat([estimate, drawn], ignore_index=True)
+        return self._drawn[sae_id]
 
 
 def exact_share(by_group: pd.DataFrame, fvu: float) -> float:

@@ -17,11 +17,13 @@ from raysae.evaluate.fidelity import (
     ROW_SUMS,
     SCORE_SUMS,
     Measurement,
+    Paired,
     _ranked,
     _top_norms,
     collect,
     done,
     measure_block,
+    resampled,
     row_sums,
 )
 from raysae.gates.criteria import METRICS
@@ -191,6 +193,14 @@ def test_two_blocks_are_one_pass(world):
         assert one[sae_id]["n_groups"] == 4
 
 
+def test_differences_are_read_from_the_blocks_on_disk(world):
+    metrics = world.collect(*world.blocks)
+    paired = Paired.read([world.task.root], [b.name for b in world.blocks], metrics, 200, 0.95, 0)
+    for name in ("fvu", "kl", "ce_delta"):
+        value, low, high = paired.difference("relu", "topk", lambda m, name=name: m[name])
+        assert value == pytest.approx(metrics["relu"][name] - metrics["topk"][name]) and low < value < high
+
+
 def test_sums_by_group_add_up_to_the_block(world):
     block = world.blocks[0]
     table = pd.read_parquet(world.task.root / f"{block.name}.parquet")
@@ -221,6 +231,31 @@ def test_intervals_hold_the_value_and_rest_on_the_same_formula(world):
     for name, statistic in _ranked(exact.item()).items():
         assert statistic(total) == pytest.approx(found[name], rel=1e-9), name
     assert found["explained_variance_low"] == pytest.approx(1 - found["fvu_high"])
+
+
+def test_a_difference_is_paired_by_group():
+    """Two SAEs whose errors rise and fall with the group: apart, their intervals overlap; together, none doubts which is
+    better."""
+    rng = np.random.default_rng(0)
+    groups = [f"g{i}" for i in range(60)]
+    hard = rng.gamma(1.0, size=60)
+
+    def sums(share):
+        columns = dict.fromkeys([*ROW_SUMS, *SCORE_SUMS], np.ones(60))
+        made = pd.DataFrame(columns, index=groups) * 100.0
+        return made.assign(squared_error=share * hard * (1 + 0.02 * rng.standard_normal(60)), squared_shifted=1.0)
+
+    by = {"a": sums(0.10), "b": sums(0.11), "other": sums(0.1).rename(index=lambda g: f"{g}x")}
+    paired = Paired(by, dict.fromkeys(by, 1.0), 500, 0.95, 3)
+    ends = {i: resampled(by[i], 1.0, 500, 3)["fvu"].quantile([0.025, 0.975]).tolist() for i in ("a", "b")}
+    assert ends["a"][1] > ends["b"][0]
+    found = {i: by[i].squared_error.sum() / 60 for i in ("a", "b")}
+    value, low, high = paired.difference("a", "b", lambda m: m.fvu)
+    assert value == pytest.approx(found["a"] - found["b"]) and low < value < high < 0
+    logs = paired.difference("a", "b", lambda m: np.log(m.fvu * m.l0))
+    assert logs[0] == pytest.approx(np.log(found["a"] / found["b"])) and logs[2] < 0
+    assert paired.difference("a", "a", lambda m: m.fvu) == (0.0, 0.0, 0.0)
+    assert paired.difference("a", "other", lambda m: m.fvu) is None and paired.difference("a", "c", len) is None
 
 
 def test_every_metric_that_can_gate_has_an_interval():
