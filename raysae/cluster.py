@@ -8,6 +8,8 @@ waits for it (spec of Ray: a GPU pipeline inside a GPU trial never ends).
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ def _address() -> str | None:
 # Ray reads these when it is first imported, so they are set here, before any on_ray module imports it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end a sweep early as if it were whole
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's classic reporter can be told which columns to show
 # glibc's, for the worker processes: keep freed tensors instead of giving their pages back to the kernel, which zeroes them
 # anew at each step (a fifth of the CPU time of a step at d_sae 6144, batch 2048).
@@ -138,7 +141,7 @@ def connect(config: ClusterConfig) -> Cluster:
     """
     import ray
 
-    started = False
+    started, on_sigterm = False, signal.getsignal(signal.SIGTERM)
     if not ray.is_initialized():
         address = config.address or _address()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
@@ -157,6 +160,8 @@ def connect(config: ClusterConfig) -> Cluster:
                 **options,
             )
             started = True
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's exits without stopping what it started
     total = ray.cluster_resources()
     gpus = int(total.get("GPU", 0))
     if config.num_gpus is not None and config.num_gpus > gpus:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
-from raysae.errors import CaptureError, UserError
+from raysae.errors import Fault, UserError
 from raysae.gates.waivers import in_words
 from raysae.run import Run
 
@@ -13,18 +16,37 @@ NO_GO = 3
 
 
 def run_job(main: Callable[[list[str]], int | None]) -> None:
-    """Call `main(argv)` and exit: 0 sound, 2 bad input or config (one line), 1 a fault, 3 a no-go where asked for."""
+    """Call `main(argv)` and exit: 0 sound, 2 bad input or config (one line), 1 a fault, 3 a no-go where asked for,
+    130 or 143 interrupted by SIGINT or SIGTERM, with everything stopped that was started; a second signal exits at once.
+    """
+    caught: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            os._exit(_interrupted(caught))
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
         sys.exit(main(sys.argv[1:]) or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except CaptureError as error:
-        print(f"fault: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_interrupted(caught))
+    except Exception as error:
+        if caught:  # a library made another error of it
+            sys.exit(_interrupted(caught))
+        if not isinstance(error, (UserError, Fault)):
+            raise
+        mistake = isinstance(error, UserError)
+        print(f"{'error' if mistake else 'fault'}: {error}", file=sys.stderr)
+        sys.exit(2 if mistake else 1)
+
+
+def _interrupted(caught: list[int]) -> int:
+    """Say so, and the exit status: 128 and the signal's number."""
+    print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+    return 128 + (caught[0] if caught else signal.SIGINT)
 
 
 def verdict(run: Run) -> str:
