@@ -4,24 +4,47 @@ A stage is a function from inputs and a config to a directory. `stage()` gives t
 `<root>/stages/<name>-<hash>/`; if it holds a `manifest.json` the work is skipped, otherwise the build runs, resuming
 whatever it finds, and the manifest is written last, by rename. That is the whole resume story. A lock keeps two drivers
 out of one stage; it is the kernel's, so a killed driver leaves none behind.
+
+The manifest lists the stage's files with size and sha256. Sizes are compared whenever a stage is found finished, hashes
+by `Stage.verify`; what is damaged is refused with one line, since whoever deletes a stage should know that a disk did.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from raysae.files import (
+    SEAL,
+    canonical,
+    compare,
+    contents,
+    read_json,
+    read_sealed,
+    remove_temporaries,
+    umask,
+    write_sealed,
+)
+from raysae.files import read_json_if as read_json_if
+from raysae.files import sha256_of as sha256_of
+from raysae.files import write_atomic as write_atomic
+from raysae.files import write_json as write_json
+
 MANIFEST = "manifest.json"
+LAYOUT = 2
+"""Of the manifest; raised when a stage of an older raysae can no longer be checked against its own."""
+UNREAD = ("tune", "attempts")
+"""Parts of a stage that no later one reads: Tune's own records, and who tried what."""
 
 
 class NotMade(LookupError):
@@ -36,10 +59,9 @@ class Stage:
     manifest: dict[str, Any]
     reused: bool
 
-
-def canonical(value: Any) -> str:
-    """`value` as JSON with one spelling: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    def verify(self) -> None:
+        """Compare every file with its sha256; Damaged, in one line, for the first that differs."""
+        compare(self.path, self.manifest["files"])
 
 
 def fingerprint(value: Any, length: int = 12) -> str:
@@ -47,55 +69,26 @@ def fingerprint(value: Any, length: int = 12) -> str:
     return hashlib.blake2b(canonical(value).encode(), digest_size=32).hexdigest()[:length]
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    for chunk in iter(lambda: file.read(1 << 20), b""):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it there: readers see all of it or none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON by rename, readable, with a trailing newline."""
-    text = json.dumps(value, indent=1, default=lambda v: v.item() if hasattr(v, "item") else str(v)) + "\n"
-    write_atomic(path, lambda temporary: temporary.write_text(text))
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def read_json_if(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping; empty where there is no file."""
-    return read_json(path) if path.is_file() else {}
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest in a folder, a stage's or one made by hand, which has no seal; Damaged if it is not what was written."""
+    if SEAL in read_json(folder / MANIFEST):
+        return read_sealed(folder / MANIFEST)
+    return read_json(folder / MANIFEST)
 
 
 def stage_path(root: Path, name: str, inputs: Mapping[str, Any]) -> Path:
     """Where the stage of these `inputs` lies, finished or not."""
-    return root / "stages" / f"{name}-{fingerprint({'stage': name, **inputs})}"
+    return root / "stages" / f"{name}-{fingerprint({'stage': name, 'layout': LAYOUT, **inputs})}"
 
 
 def finished_stage(root: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
     """The finished stage of these `inputs`; NotMade where there is none."""
     path = stage_path(root, name, inputs)
-    if not (path / MANIFEST).exists():
+    if not os.path.lexists(path / MANIFEST):
         raise NotMade(name)
-    return Stage(path, read_json(path / MANIFEST), reused=True)
+    manifest = read_sealed(path / MANIFEST)
+    compare(path, manifest["files"], hashed=lambda name: False)
+    return Stage(path, manifest, reused=True)
 
 
 def stage(
@@ -111,31 +104,39 @@ def stage(
     seconds, tokens, bytes) reaches the ledger. Changing anything in `inputs` names another directory.
     """
     path = stage_path(root, name, inputs)
-    if (path / MANIFEST).exists():
-        return Stage(path, read_json(path / MANIFEST), reused=True)
-    (root / "stages" / ".locks").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / "stages" / ".locks" / path.name)
+    with suppress(NotMade):
+        return finished_stage(root, name, inputs)
+    lock = lock_of(root, path.name)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         on_wait(f"{name}: another driver works on {path.name}; waiting for it")
         lock.acquire()
     try:
-        if (path / MANIFEST).exists():
-            return Stage(path, read_json(path / MANIFEST), reused=True)
+        with suppress(NotMade):
+            return finished_stage(root, name, inputs)
         path.mkdir(exist_ok=True)  # under the lock: who had it before may have removed it
+        remove_temporaries(path)
         start = time.perf_counter()
         made = dict(build(path))
         cost = {"seconds": time.perf_counter() - start, "bytes": size_of(path), **made.pop("cost", {})}
-        manifest = {"stage": name, "inputs": dict(inputs), **made, "cost": cost}
-        write_json(path / MANIFEST, manifest)
-        return Stage(path, read_json(path / MANIFEST), reused=False)
+        remove_temporaries(path)
+        manifest = {"stage": name, "inputs": dict(inputs), **made, "cost": cost, "files": contents(path, UNREAD)}
+        write_sealed(path / MANIFEST, manifest)
+        return Stage(path, read_sealed(path / MANIFEST), reused=False)
     finally:
         if path.is_dir() and not any(
             path.iterdir()
         ):  # a mistake that was found before anything was made leaves nothing
             path.rmdir()
         lock.release()
+
+
+def lock_of(root: Path, name: str) -> FileLock:
+    """The lock of a stage or run below `root`, which everyone may take whom the umask lets."""
+    folder = root / "stages" / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / name, mode=0o666 & ~umask())
 
 
 def size_of(path: Path) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.artifacts import MANIFEST, read_json, sha256_of, write_json
+from raysae.artifacts import read_json, read_manifest, sha256_of, write_json
 from raysae.config import SweepJob, validate
 from raysae.errors import UserError
 from raysae.flow import Flow
@@ -51,7 +51,7 @@ def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict
     config = validate(SweepJob, run.config, where=str(run.path / "config.yaml"))
     config = config.model_copy(update={"output": output, "run": original.name, "require_go": False, "plan": False})
     _check_output(output, original)
-    manifest = read_json(run.stage("records") / MANIFEST)
+    manifest = read_manifest(run.stage("records"))
     run.stage("store"), run.stage("tokens")  # to compare with
     flow = Flow(config, replay(run.table))
     changed = list(differences(read_json(run.path / "identity.json"), flow.identity()))
@@ -160,7 +160,7 @@ def _checks(one: Run, two: Run) -> Iterator[dict[str, Any]]:
     def files(run: Run, stage: str) -> dict[str, str]:
         return {
             name: value
-            for part in read_json(run.stage(stage) / MANIFEST)["blocks" if stage == "tokens" else "shards"]
+            for part in read_manifest(run.stage(stage))["blocks" if stage == "tokens" else "shards"]
             for name, value in ({part["file"]: part["sha256"]} if stage == "tokens" else part["sha256"]).items()
         }
 

@@ -52,6 +52,8 @@ NOT_MEASURED_BY = {"nulls", "invariance", "features", "feature_rows", "contexts"
 
 CONTEXT_AT_MOST = 512
 """Context length where neither the config nor the model asks for less."""
+LONG_TO_READ = 10**10
+"""Bytes from which a line says that a stage is being compared with its hashes, at about a gigabyte a second and core."""
 MAX_DROPPED = 0.5
 """Share of examples that may be too long for the context before that is the user's mistake."""
 
@@ -68,6 +70,7 @@ class Stages:
         self.finished: list[Stage] = []
         self._cluster: Cluster | None = None
         self._only_find = False
+        self._verified: set[Path] = set()
         self._fingerprints: dict[str, dict[str, str | None]] = {}
         s = config.sweep
         for field, names, known in (
@@ -215,8 +218,6 @@ class Stages:
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.sweep.on_ray import PackSearch, run_sweep
 
-            if store.reused:
-                opened.verify()
             placement = self.cluster.trials()
             pack_size = self.pack_size(placement)
             search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
@@ -352,11 +353,27 @@ class Stages:
     def _stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Stage:
         version = STAGE_VERSIONS[name if name in STAGE_VERSIONS else name.removeprefix(TRANSFER)]
         inputs = {"version": version, **inputs}
+
+        def from_intact(path: Path) -> Mapping[str, Any]:
+            self.verify()
+            return build(path)
+
         made = (
-            finished_stage(self.root, name, inputs) if self._only_find else stage(self.root, name, inputs, build, say)
+            finished_stage(self.root, name, inputs)
+            if self._only_find
+            else stage(self.root, name, inputs, from_intact, say)
         )
         self.finished.append(made)
         return made
+
+    def verify(self) -> None:
+        """Compare every file of the reused stages so far with its sha256, once: what is new is made from them."""
+        for made in self.finished:
+            if made.reused and made.path not in self._verified:
+                if made.manifest["cost"]["bytes"] > LONG_TO_READ:
+                    say(f"verifying {made.path.name}")
+                made.verify()
+                self._verified.add(made.path)
 
     @property
     def cluster(self) -> Cluster:

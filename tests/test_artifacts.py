@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raysae import artifacts
+from raysae import artifacts, files
 from raysae.artifacts import (
     canonical,
     fingerprint,
@@ -19,6 +19,7 @@ from raysae.artifacts import (
     write_atomic,
     write_json,
 )
+from raysae.files import read_sealed
 
 
 def test_a_finished_stage_is_not_built_again(tmp_path):
@@ -33,7 +34,7 @@ def test_a_finished_stage_is_not_built_again(tmp_path):
     two = stage(tmp_path, "store", {"a": 1}, build)
     assert len(built) == 1 and (one.reused, two.reused) == (False, True)
     assert one.path == two.path and one.path.parent == tmp_path / "stages" and one.path.name.startswith("store-")
-    assert one.manifest == two.manifest == read_json(one.path / "manifest.json")
+    assert one.manifest == two.manifest == read_sealed(one.path / "manifest.json")
     assert one.manifest["inputs"] == {"a": 1} and one.manifest["rows"] == 5 and one.manifest["stage"] == "store"
     cost = one.manifest["cost"]
     assert cost["tokens"] == 7 and cost["bytes"] == 5 and cost["seconds"] >= 0
@@ -62,7 +63,9 @@ def test_a_crash_leaves_no_manifest_and_the_next_run_resumes_what_is_there(tmp_p
         assert not (path / "manifest.json").exists(), "the manifest comes last"
         return {}
 
-    assert stage(tmp_path, "s", {}, resume) == artifacts.Stage(directory, read_json(directory / "manifest.json"), False)
+    assert stage(tmp_path, "s", {}, resume) == artifacts.Stage(
+        directory, read_sealed(directory / "manifest.json"), False
+    )
 
 
 def test_a_crash_while_the_manifest_is_written_leaves_none(tmp_path, monkeypatch):
@@ -149,8 +152,8 @@ def test_write_atomic_is_all_or_nothing(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomic(file, half)
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f"]
-    write_json(file, {"x": float("nan"), "p": Path("y")})
-    assert read_json(file)["p"] == "y" and read_json(file)["x"] != read_json(file)["x"]
+    write_json(file, {"p": Path("y")})
+    assert read_json(file) == {"p": "y"}
 
 
 def test_link_or_copy_replaces_and_leaves_the_source(tmp_path):
@@ -176,4 +179,4 @@ def test_sha256_is_the_standard_one(tmp_path):
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_of(tmp_path / "f") == expected
     with (tmp_path / "f").open("rb") as file:
-        assert artifacts._sha256(file) == expected  # for Python 3.10
+        assert files._sha256(file) == expected  # for Python 3.10

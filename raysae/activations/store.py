@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from raysae.artifacts import MANIFEST, read_json, sha256_of
-from raysae.errors import UserError
+from raysae.artifacts import MANIFEST, read_manifest, sha256_of
+from raysae.errors import Damaged, UserError
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("example_id", "group", "sequence_id", "position", "token_id", "step", "split")
@@ -50,13 +50,17 @@ class Store:
         if not (path / MANIFEST).exists():
             raise UserError(f"store: {path} has no {MANIFEST}: it is not a store, or its capture has not finished")
         self.path = path
-        self.manifest: dict[str, Any] = read_json(path / MANIFEST)
+        self.manifest: dict[str, Any] = read_manifest(path)
         version = self.manifest.get("schema_version", 0)
-        if version > SCHEMA_VERSION:
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise UserError(
                 f"store: {path} has schema version {version}, this raysae reads up to {SCHEMA_VERSION}; upgrade raysae"
             )
-        self.shards = [Shard(s["name"], s["split"], s["rows"], s["sha256"]) for s in self.manifest["shards"]]
+        try:
+            self.shards = [Shard(s["name"], s["split"], s["rows"], s["sha256"]) for s in self.manifest["shards"]]
+            self.manifest["sites"].items()
+        except (KeyError, TypeError, AttributeError):
+            raise Damaged(path / MANIFEST, "does not say what a store holds") from None
 
     @property
     def sites(self) -> list[str]:
@@ -106,7 +110,11 @@ class Store:
 
     def row_columns(self, name: str, columns: Sequence[str] = ROW_COLUMNS) -> pa.Table:
         """A shard's row columns, row-aligned with its activations."""
-        return pq.read_table(self.path / "rows" / f"{name}.parquet", columns=list(columns))
+        file = self.path / "rows" / f"{name}.parquet"
+        try:
+            return pq.read_table(file, columns=list(columns))
+        except (OSError, pa.ArrowException) as error:
+            raise Damaged(file, f"does not hold the rows of a shard ({type(error).__name__})") from None
 
     def batches(self, site: str, split: str, batch_size: int, *, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
         """Batches [batch_size, d_model] without end, in the store's dtype: shards in an order drawn anew each epoch.
@@ -236,13 +244,16 @@ def _map_tensor(path: Path) -> Tensor:
 
     The header is a little-endian u64 length and JSON with dtype, shape and byte offsets (safetensors' format).
     """
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))["x"]
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    mapped.madvise(mmap.MADV_SEQUENTIAL)
-    dtype = _DTYPES[header["dtype"]]
-    shape = header["shape"]
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mapped, dtype=dtype, offset=8 + length, count=int(np.prod(shape))).view(shape)
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))["x"]
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped.madvise(mmap.MADV_SEQUENTIAL)
+        dtype = _DTYPES[header["dtype"]]
+        shape = header["shape"]
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(mapped, dtype=dtype, offset=8 + length, count=int(np.prod(shape))).view(shape)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
+        raise Damaged(path, f"does not hold the activations of a shard ({type(error).__name__})") from None

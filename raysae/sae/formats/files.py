@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from raysae.artifacts import write_json
 from raysae.errors import UserError
+from raysae.files import plain as plain
+from raysae.files import whole_folder as whole_directory  # noqa: F401
+from raysae.files import write_json as save_json  # noqa: F401
 
 # The origin studies' configs hold paths. Read as pure ones, they are data like any string.
 PATHS: list[Any] = [(PurePosixPath, "pathlib.PosixPath"), (PurePosixPath, "pathlib._local.PosixPath")]
@@ -60,33 +58,3 @@ def load_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"sae: {file} must hold a mapping, got {type(values).__name__}")
     return values
-
-
-def save_json(file: Path, values: dict[str, Any]) -> None:
-    """Write JSON in which what is not finite is null: NaN is no JSON."""
-    write_json(file, plain(values))
-
-
-def plain(value: Any) -> Any:
-    """`value` with null for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """A folder to fill beside `directory`, which it replaces at the end; nothing is left of it after an error."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
