@@ -185,7 +185,7 @@ def disconnect(cluster: Cluster) -> None:
 def output_root(path: Path, given: bool) -> Path:
     """The absolute output root; refuses a relative one inside a job's temporary folder, where results would be lost."""
     if not given and os.environ.get("RAYSAE_OUTPUT"):
-        path = Path(os.environ["RAYSAE_OUTPUT"])
+        path = Path(os.environ["RAYSAE_OUTPUT"]).expanduser()
     if not path.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
         raise UserError(
             f"output: {path} is relative, inside the job's temporary folder; give an absolute one "

@@ -9,24 +9,75 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliImplicitFlag, CliPositionalArg, CliSettingsSource, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    CliImplicitFlag,
+    CliPositionalArg,
+    CliSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from raysae.errors import UserError
 
-PositiveInt = Annotated[int, Field(gt=0)]
+
+def _whole(value: Any) -> Any:
+    """`1e6`, which YAML and a command line give as text, as the integer that it is; all else as it came."""
+    if isinstance(value, str) and len(value) < 64:
+        try:
+            number = Decimal(value.replace("_", ""))
+        except InvalidOperation:
+            return value
+        if number.is_finite() and number.adjusted() < 18 and number == number.to_integral_value():
+            return int(number)
+    return value
+
+
+def _home(value: Any) -> Any:
+    """A path, or a name that may be one, with `~` as the home folder that a shell would make of it."""
+    found = os.path.expanduser(value)
+    if found.startswith("~"):
+        raise ValueError(f"{value} names no home folder; write the path in full")
+    return type(value)(found)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ValueError(f"{value} is given twice")
+    return values
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+PositiveInt = Annotated[Int, Field(gt=0)]
+Seed = Annotated[Int, Field(ge=0, lt=2**31)]
+UserPath = Annotated[Path, AfterValidator(_home)]
+Name = Annotated[str, AfterValidator(_home)]
+Distinct = AfterValidator(_distinct)
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Job = TypeVar("Job", bound="Section")
 
-Widths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+Widths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1), Distinct]
 Label = Literal["step", "step_type", "operation", "value", "answer"]
 Null = Literal["untrained", "permuted", "pca", "ica", "shuffled_rows", "untrained_model"]
 NULLS: tuple[Null, ...] = get_args(Null)
@@ -59,7 +110,7 @@ class DataConfig(Section):
     source: Literal["arithmetic", "gsm8k", "text", "dataset"] = "arithmetic"
     """arithmetic: the embedded generator; gsm8k: JSONL at `path`, or openai/gsm8k from the hub; text: plain text files;
     dataset: any local or hub dataset with a column map."""
-    path: str | None = None
+    path: Name | None = None
     """File, folder, or hub name of the dataset (not for arithmetic)."""
     subset: str | None = None
     """Hub dataset configuration, such as `main`."""
@@ -95,11 +146,11 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str = "embedded"
+    name: Name = "embedded"
     """Hugging Face name or local path of a causal LM, or `embedded`: a small GPT-2 trained on first use."""
     revision: str | None = None
     """Hub revision; pin it for a result that others can repeat."""
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """Tokenizer name or path, if not the model's own."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the hosted model."""
@@ -130,7 +181,7 @@ class PruneConfig(Section):
 
 
 class SweepConfig(Section):
-    architectures: Annotated[tuple[str, ...], Field(min_length=1)] = ("relu", "topk")
+    architectures: Annotated[tuple[str, ...], Field(min_length=1), Distinct] = ("relu", "topk")
     """SAE architectures to search: relu, relu_unit_norm, p_anneal, gated (set by l1), topk, abstopk, batchtopk, matryoshka
     (by k), jumprelu (by target_l0), jumprelu_l0, jumprelu_tanh (by l0)."""
     expansion_factors: Widths = (4, 8)
@@ -147,7 +198,7 @@ class SweepConfig(Section):
     mean_error (mean over d of the error, z-scored inputs), mean_error_mean_latents. The table states them as unit_norm."""
     k_range: tuple[PositiveInt, PositiveInt] = (4, 32)
     """Log-uniform range of k of the TopK family (optuna)."""
-    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8, 16, 32)
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Distinct] = (8, 16, 32)
     """k of the TopK family of the grid."""
     target_l0_range: tuple[PositiveFloat, PositiveFloat] = (4, 32)
     """Log-uniform range of the L0 that a jumprelu is trained to have (optuna)."""
@@ -163,7 +214,7 @@ class SweepConfig(Section):
     """An architecture's coefficients in place of those above, such as {gated: [0.02, 0.04]} (grid)."""
     samples: PositiveInt = 4
     """SAEs per architecture, expansion factor and seed that Optuna proposes."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of initialisation; each point is trained once per seed."""
     pack_size: PositiveInt | Literal["auto"] = "auto"
     """SAEs trained in lock-step by one trial; auto: one on a CPU, eight on a GPU."""
@@ -241,9 +292,9 @@ class EvaluationConfig(Section):
     none is chosen), or all completed SAEs'."""
     feature_rows: PositiveInt = 200_000
     """Most rows of the validation split behind them."""
-    contexts: Annotated[int, Field(ge=2, le=50)] = 10
+    contexts: Annotated[Int, Field(ge=2, le=50)] = 10
     """Contexts per latent: as many of its largest activations, and as many random ones where it fires."""
-    invariance: Annotated[int, Field(ge=0)] = 0
+    invariance: Annotated[Int, Field(ge=0)] = 0
     """Examples, such as 100, that are read again with other spaces, names and numbers, to see which latents still fire; 0
     turns it off."""
     nulls: Annotated[tuple[Null | Literal["all"], ...], Field(min_length=1)] = ("untrained",)
@@ -264,9 +315,9 @@ class ProbeFields(Section):
     """Whose rows; the SAE was trained on train, and chosen on validation."""
     rows: PositiveInt = 4000
     """Most rows per label, about as many of every group."""
-    folds: Annotated[int, Field(ge=2)] = 5
+    folds: Annotated[Int, Field(ge=2)] = 5
     """Folds of the cross-validation by group."""
-    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 5, 16)
+    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Distinct] = (1, 2, 5, 16)
     """How many latents the sparse probes read."""
     bootstrap: PositiveInt = 500
     """Bootstrap resamples, by group, behind each interval."""
@@ -275,7 +326,7 @@ class ProbeFields(Section):
 
 
 class ProbesConfig(ProbeFields):
-    labels: tuple[Label, ...] = ()
+    labels: Annotated[tuple[Label, ...], Distinct] = ()
     """Labels to probe on the chosen SAE, or the closest; none: no probes. What each says: raysae/data/labels.py."""
 
 
@@ -284,7 +335,7 @@ class ClusterConfig(Section):
     """Ray address to join; unset: the job's or RAY_ADDRESS, else a cluster of this machine."""
     num_cpus: PositiveInt | None = None
     """CPUs of a local cluster; all of the machine's if unset."""
-    num_gpus: Annotated[int, Field(ge=0)] | None = None
+    num_gpus: Annotated[Int, Field(ge=0)] | None = None
     """GPUs to use; all of the cluster's if unset."""
     dashboard: bool = True
     """Start the Ray dashboard with a local cluster."""
@@ -294,7 +345,7 @@ class ClusterConfig(Section):
     """GPU share of a trial where there are GPUs."""
     cpus_per_trial: PositiveFloat = 1.0
     """CPU share, and torch threads, of a trial."""
-    max_restarts: Annotated[int, Field(ge=0)] = 2
+    max_restarts: Annotated[Int, Field(ge=0)] = 2
     """How often a block or a trial is tried again after its process died."""
 
 
@@ -317,9 +368,9 @@ class SweepJob(Section):
 
     run: str | None = None
     """Name of the run's folder; unset: the config's hash."""
-    output: Path = Path("results")
+    output: UserPath = Path("results")
     """Root of runs and shared stages; RAYSAE_OUTPUT overrides the default. Absolute under a Ray job."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling, splits and shuffles."""
     data: DataConfig = DataConfig()
     """Where the text comes from."""
@@ -338,11 +389,11 @@ class SweepJob(Section):
     transfer: dict[str, DataConfig] = {}
     """Other datasets by a name of your own, such as {stories: {source: text, path: ...}}: all of each is held out, and the
     chosen SAE and its seeds are measured there as well."""
-    gate: Path = Path("configs/gates/default.yaml")
+    gate: UserPath = Path("configs/gates/default.yaml")
     """Criteria that the chosen SAE must meet."""
-    basis: Path | None = None
+    basis: UserPath | None = None
     """Folder of an earlier run, such as the phase before, on whose go this one builds; it does not start on a no-go."""
-    waiver: Path | None = None
+    waiver: UserPath | None = None
     """YAML file in which a person waives criteria of the gate, or the basis' no-go: waived_by, why, criteria or run."""
     cluster: ClusterConfig = ClusterConfig()
     """Where work runs. Changes no result, so no stage depends on it."""
@@ -364,25 +415,25 @@ class SweepJob(Section):
 class ProbeJob(ProbeFields):
     """raysae: what can be read from an SAE's latents, beside the baselines that it must beat. `results/<run>/probes/`."""
 
-    run: CliPositionalArg[Path]
+    run: CliPositionalArg[UserPath]
     """A run's directory, such as results/<run>."""
-    labels: Annotated[tuple[Label, ...], Field(min_length=1)] = get_args(Label)
+    labels: Annotated[tuple[Label, ...], Field(min_length=1), Distinct] = get_args(Label)
     """Labels to probe, separated by commas; what each says: raysae/data/labels.py."""
     sae: str | None = None
     """Id of the SAE; unset: the chosen one, or the closest to the gate where none was chosen."""
-    untrained: Path | None = None
+    untrained: UserPath | None = None
     """A run on an untrained model with the same data and tokenizer; its SAE becomes a baseline. Unset: the run's own, where
     it measured the null untrained_model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample, the shuffled labels, the random SAE and the resamples."""
 
 
 class ReplicateJob(Section):
     """raysae: run a finished run again from what it recorded, into an empty folder, and compare the two."""
 
-    run: CliPositionalArg[Path]
+    run: CliPositionalArg[UserPath]
     """A run's directory, such as results/<run>; what was found is written there, as replication.json."""
-    output: Path | None = None
+    output: UserPath | None = None
     """Root for the new run and its stages; unset: replications/<run> beside the run. Nothing is reused."""
     exact: CliImplicitFlag[bool] = False
     """Exit with 3 unless every bit is the same, as a CPU gives it with the same packages and threads."""
@@ -391,9 +442,9 @@ class ReplicateJob(Section):
 class BundleJob(Section):
     """raysae: put all that an auditor of a run needs into one archive, with the sha256 of each part."""
 
-    run: CliPositionalArg[Path]
+    run: CliPositionalArg[UserPath]
     """A run's directory, such as results/<run>."""
-    to: Path | None = None
+    to: UserPath | None = None
     """The archive, ending in .tar.gz; unset: <run>.tar.gz beside the run."""
     weights: CliImplicitFlag[bool] = False
     """Add the SAEs' weights; their hashes are always there."""
@@ -429,7 +480,13 @@ def load_config(job: type[Job], argv: list[str] | None = None, config: str | Pat
     values: dict[str, Any] = {}
     for file in files:
         values = _merge(values, read_yaml("config", file))
-    overrides = source(parsed_args=vars(arguments))()
+    try:
+        overrides = source(parsed_args=vars(arguments))()
+    except SettingsError as error:
+        said = " ".join(str(error).removeprefix("Parsing error encountered for ").split())
+        raise UserError(f"{said}; write '[1,2]' for a list, '{{\"name\": 1}}' for a section") from None
+    except RecursionError:
+        raise UserError("command line: a value is nested too deeply") from None
     return validate(job, _merge(values, overrides), where=", ".join(map(str, files)) or None)
 
 
@@ -477,15 +534,73 @@ def _closest(name: str, fields: Iterable[str]) -> str:
 
 def read_yaml(field: str, path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or one line that names the `field` and the file."""
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UserError(f"{field}: {path} is not a file")
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        if path.stat().st_size > YAML_BYTES:
+            raise yaml.YAMLError(f"it is larger than {YAML_BYTES:,} bytes")
+        values = yaml.load(path.read_text("utf-8-sig"), _Loader)  # a SafeLoader
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{field}: {path} is not UTF-8 text; save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a ValueError: a date or number that is none
         raise UserError(f"{field}: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{field}: {path} must hold a mapping of fields, got {type(values).__name__}")
     return values
+
+
+YAML_BYTES, YAML_DEPTH, YAML_NODES = 1_000_000, 50, 100_000
+"""Most bytes of a YAML file, levels of nesting, and nodes once every alias stands for what it names."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what a config never needs and a mistake, or malice, brings: keys given twice, of which the last would win;
+    nesting beyond the interpreter's stack; aliases that make a small file endless."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > YAML_DEPTH:
+            raise yaml.YAMLError(f"it nests deeper than {YAML_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                where = f"in line {line}" if lines[key.value] == line else f"in lines {lines[key.value]} and {line}"
+                raise yaml.YAMLError(f"{key.value} stands twice, {where}, and one would drop the other; join them")
+            lines[key.value] = line
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        known: dict[int, tuple[float, float]] = {}
+
+        def extent(node: yaml.Node) -> tuple[float, float]:
+            """(nodes, levels) at and below a node."""
+            if isinstance(node, yaml.ScalarNode):
+                return 1, 1
+            if id(node) not in known:
+                known[id(node)] = float("inf"), float("inf")  # of a node within itself
+                pairs = node.value if isinstance(node, yaml.MappingNode) else [(item,) for item in node.value]
+                below = [extent(part) for pair in pairs for part in pair] or [(0, 0)]
+                known[id(node)] = 1 + sum(n for n, _ in below), 1 + max(levels for _, levels in below)
+            return known[id(node)]
+
+        if root is not None and (extent(root)[0] > YAML_NODES or extent(root)[1] > YAML_DEPTH):
+            raise yaml.YAMLError(f"its aliases stand for more than {YAML_NODES:,} values or {YAML_DEPTH} levels")
+        return root
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -509,7 +624,12 @@ def _one_line(job: type[BaseModel], errors: Sequence[Any]) -> str:
     if error["type"] == "value_error":
         return f"{field}: {message}" if field else message
     allowed = " or ".join(e["msg"][0].lower() + e["msg"][1:] for e in errors if _field(e) == field)
-    return f"{field}: {error['input']!r} is not allowed; {allowed}"
+    return f"{field}: {_shown(error['input'])} is not allowed; {allowed}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _field(error: Any) -> str:

@@ -36,7 +36,7 @@ from raysae.sae.losses import Losses
 from raysae.sae.train import Recipe
 from raysae.sweep.collect import curves, training_table
 from raysae.sweep.replay import Replay
-from raysae.sweep.space import COEFFICIENT, Common, Proposal, proposals, recipe
+from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe
 
 STAGE_VERSIONS = {
     "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 6, "nulls": 1, "null_model": 1, "evaluation": 3,
@@ -71,6 +71,7 @@ class Stages:
         self._cluster: Cluster | None = None
         self._only_find = False
         self._verified: set[Path] = set()
+        self.cut: list[str] = []
         self._fingerprints: dict[str, dict[str, str | None]] = {}
         s = config.sweep
         for field, names, known in (
@@ -220,6 +221,8 @@ class Stages:
 
             placement = self.cluster.trials()
             pack_size = self.pack_size(placement)
+            for line in self.cut:
+                say(line)
             search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
             trial = self._trial(path, store, tokens)
             prune = s.prune.margin if s.prune.enabled and not self.replay else None
@@ -305,6 +308,9 @@ class Stages:
             return list(self.replay.plan)
         s = self.config.sweep
         grid = coefficients(s)[1] if s.search == "grid" else None
+        self.cut = check_space(
+            widths, s.architectures, s.expansion_factors, _stated(s), s.samples if grid is None else None
+        )
         return proposals(widths, s.architectures, s.expansion_factors, grid, s.samples)
 
     def widths(self) -> dict[str, int]:
@@ -533,6 +539,21 @@ def coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], di
         {a: sweep.ranges.get(a, ranges[COEFFICIENT[a]]) for a in sweep.architectures},
         {a: sweep.coefficients.get(a, values[COEFFICIENT[a]]) for a in sweep.architectures},
     )
+
+
+def _stated(sweep: SweepConfig) -> dict[str, tuple[str, Sequence[float]]]:
+    """By architecture, the field that states its coefficients in this search, and what it states."""
+    grid = sweep.search == "grid"
+    own, values = (sweep.coefficients, coefficients(sweep)[1]) if grid else (sweep.ranges, coefficients(sweep)[0])
+    fields = {
+        "l1_coefficient": ("l1_coefficients", "l1_range"),
+        "k": ("k", "k_range"),
+        "target_l0": ("target_l0", "target_l0_range"),
+        "l0_coefficient": ("l0_coefficients", "l0_range"),
+    }
+    shared = {a: fields[COEFFICIENT[a]][0 if grid else 1] for a in sweep.architectures}
+    named = {a: f"{'coefficients' if grid else 'ranges'}.{a}" if a in own else shared[a] for a in sweep.architectures}
+    return {a: (named[a], values[a]) for a in sweep.architectures}
 
 
 def of_driver(seconds: float) -> dict[str, float]:

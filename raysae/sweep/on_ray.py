@@ -34,7 +34,7 @@ from raysae.sae.losses import Losses
 from raysae.sae.train import Member
 from raysae.sweep.prune import Standing, reason_to_stop
 from raysae.sweep.replay import Stop
-from raysae.sweep.space import COEFFICIENT, Common, Proposal, members
+from raysae.sweep.space import COEFFICIENT, Common, Proposal, members, range_at, width
 from raysae.sweep.trial import Rung, Trial, train_pack
 
 OUT_OF_MEMORY = "out_of_memory"
@@ -107,7 +107,8 @@ class PackSearch(Searcher):
         study = self.studies[key]
         expansions = sorted({p.expansion_factor for p in self.plan})
         name = COEFFICIENT[proposal.architecture]
-        low, high = self.ranges[proposal.architecture]
+        d_sae = width(proposal.expansion_factor, self.widths[proposal.site])
+        low, high = range_at(proposal.architecture, self.ranges[proposal.architecture], d_sae)
 
         def ask(fixed: dict[str, float]) -> tuple[optuna.trial.Trial, float]:
             study.enqueue_trial({"expansion_factor": proposal.expansion_factor, **fixed})

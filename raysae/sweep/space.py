@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from raysae.errors import UserError
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
 from raysae.sae.conventions import l1_in_unit_norm
 from raysae.sae.losses import Losses
@@ -20,6 +21,8 @@ from raysae.sae.train import Member, Recipe
 
 COEFFICIENT = {name: architecture.coefficient for name, architecture in ARCHITECTURES.items()}
 """The sparsity hyper-parameter of each architecture."""
+COUNTS = ("k", "target_l0")
+"""Those that count latents, of which an SAE has d_sae."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,68 @@ class Proposal:
     architecture: str
     expansion_factor: float
     coefficient: float | None
+
+
+def width(expansion_factor: float, d_in: int) -> int:
+    """d_sae."""
+    return max(1, round(expansion_factor * d_in))
+
+
+def range_at(architecture: str, given: tuple[float, float], d_sae: int) -> tuple[float, float]:
+    """The part of a range that SAEs of this width can have: a count of latents ends at d_sae."""
+    low, high = given
+    return low, min(high, d_sae) if COEFFICIENT[architecture] in COUNTS else high
+
+
+def check_space(
+    widths: Mapping[str, int],
+    architectures: Sequence[str],
+    expansion_factors: Sequence[float],
+    given: Mapping[str, tuple[str, Sequence[float]]],
+    samples: int | None,
+) -> list[str]:
+    """Refuse a space with points that cannot be or that are the same SAE; returns which ranges end early, in words.
+
+    widths: d_in by site. given: by architecture, the field that states its coefficients and what it states: the values of
+    a grid, or (low, high) of a search with `samples` draws per point. Raises UserError, one line.
+    """
+    cut: dict[str, None] = {}
+    for site, d_in in widths.items():
+        by_width: dict[int, float] = {}
+        for factor in expansion_factors:
+            d_sae = width(min(factor, 2**40), d_in)
+            if d_sae >= 2**31:
+                raise UserError(
+                    f"sweep.expansion_factors: {factor:g} makes {d_sae:.3g} latents at {site} (d_in {d_in})"
+                )
+            if by_width.setdefault(d_sae, factor) != factor:
+                raise UserError(
+                    f"sweep.expansion_factors: {by_width[d_sae]:g} and {factor:g} are both d_sae {d_sae} at {site} "
+                    f"(d_in {d_in}); keep one"
+                )
+        for architecture in architectures:
+            field, values = given[architecture]
+            name = COEFFICIENT[architecture]
+            if name == "k" and any(value != int(value) for value in values):
+                raise UserError(f"sweep.{field}: {list(values)} must be whole numbers: {architecture} keeps k latents")
+            for d_sae, factor in by_width.items():
+                at = f"the {d_sae} latents of an SAE of expansion factor {factor:g} at {site}"
+                above = [value for value in values if name in COUNTS and value > d_sae]
+                if samples is None or len(above) == 2:
+                    if above:
+                        shown = ", ".join(f"{value:g}" for value in above)
+                        raise UserError(f"sweep.{field}: {shown} is above {at} (d_in {d_in}); leave it out, or widen")
+                    continue
+                low, high = range_at(architecture, (values[0], values[1]), d_sae)
+                there = high - low + 1 if name == "k" else 1 if low == high else math.inf
+                if samples > there:
+                    raise UserError(
+                        f"sweep.samples: {samples} {architecture} SAEs are asked at each point, but {field} holds "
+                        f"{there:g} values of {name} for {at}; lower samples, or widen the range"
+                    )
+                if above:
+                    cut[f"sweep: {field} [{values[0]:g}, {values[1]:g}] ends at {at}"] = None
+    return list(cut)
 
 
 def proposals(
@@ -72,7 +137,7 @@ SHOWN = {"k": "k", "l1_coefficient": "l1_", "target_l0": "target", "l0_coefficie
 
 def members(proposal: Proposal, coefficient: float, d_in: int, seeds: Sequence[int], common: Common) -> list[Member]:
     """The SAEs of a proposal, one per seed."""
-    d_sae = max(1, round(proposal.expansion_factor * d_in))
+    d_sae = width(proposal.expansion_factor, d_in)
     rate = common.learning_rate
     rate = rate if rate is not None else common.base_learning_rate * math.sqrt(2**14 / d_sae)
     name = COEFFICIENT[proposal.architecture]

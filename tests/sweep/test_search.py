@@ -57,6 +57,15 @@ def test_no_sae_is_proposed_twice_though_k_is_an_integer():
     assert len(set(found)) == len(found) == 16
 
 
+def test_a_range_ends_where_the_latents_do():
+    plan = proposals({"s": 16}, ["topk"], [0.5, 4], None, 7)
+    searcher = PackSearch(plan, {"s": 16}, {"topk": (2, 32)}, (0,), Common(), 1, seed=0)
+    found = [m["config"] for m in members(drain(searcher))]
+    narrow = sorted(c["k"] for c in found if c["d_sae"] == 8)
+    assert narrow == [2, 3, 4, 5, 6, 7, 8]  # each once, where 9 to 32 would all be k = 8
+    assert max(c["k"] for c in found if c["d_sae"] == 64) > 8
+
+
 def test_seeds_share_their_coefficient_and_are_told_as_one():
     searcher = search(seeds=(0, 1, 2))
     found = members(drain(searcher))

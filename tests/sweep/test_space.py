@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from raysae.sweep.space import Common, members, proposals, recipe
+from raysae.sweep.space import Common, check_space, members, proposals, range_at, recipe
 
 SIXTEEN = tuple(range(2, 33, 2))
 WIDTHS = {"blocks.1.resid_post": 64, "blocks.2.resid_post": 128}
@@ -37,6 +37,16 @@ def test_the_grid_of_the_sixteen_expansions_is_every_combination_once():
     found = Counter((p.architecture, p.expansion_factor, p.coefficient) for p in plan)
     assert found == Counter((a, e, c) for a in grid for e in SIXTEEN for c in grid[a])
     assert Counter(p.expansion_factor for p in plan[: 2 * 16]) == dict.fromkeys(SIXTEEN, 2)
+
+
+def test_a_range_that_ends_early_is_told_once_for_each_width():
+    def told(high):
+        return check_space({"s": 16}, ("topk", "relu"), (0.5, 4), {"topk": ("k_range", (2, high)), "relu": L1}, 3)
+
+    L1 = ("l1_range", (0.1, 1.0))
+    assert told(8) == []
+    assert told(32) == ["sweep: k_range [2, 32] ends at the 8 latents of an SAE of expansion factor 0.5 at s"]
+    assert range_at("jumprelu", (2, 32), 8) == (2, 8) and range_at("relu", (0.1, 9.0), 8) == (0.1, 9.0)
 
 
 def made(plan, seeds=(0,), rate=None, d_in=64, coefficient=0.1):
