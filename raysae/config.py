@@ -134,7 +134,8 @@ class DataConfig(Section):
     test_fraction: Fraction = 0.1
     """Share of groups that measure the chosen SAE, once."""
     near_duplicate_similarity: Fraction | None = 0.8
-    """Jaccard similarity of word 3-grams from which two examples share a group; null turns the search off."""
+    """Jaccard similarity of word 3-grams (numbers count as one word) from which two examples share a group; so do those
+    that share half as much of the shorter one's 8-grams, as an excerpt does. null turns the search off."""
 
     @model_validator(mode="after")
     def _splits_leave_training_data(self) -> DataConfig:

@@ -21,9 +21,10 @@ from raysae import __version__
 from raysae.artifacts import Stage, fingerprint, finished_stage, sha256_of, stage, write_json
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
 from raysae.config import DataConfig, SweepConfig, SweepJob
+from raysae.data.duplicates import near_duplicates
 from raysae.data.records import read_records, write_records
 from raysae.data.sources import load_problems
-from raysae.data.splits import assign_splits, unseen
+from raysae.data.splits import divide, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import UserError
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
@@ -39,7 +40,7 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 1, "tokens": 1, "store": 1, "sweep": 6, "nulls": 1, "null_model": 1, "evaluation": 3,
+    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 6, "nulls": 1, "null_model": 1, "evaluation": 3,
     "stability": 1, "domains": 1, "transfer": 1, "invariance": 1, "probes": 1, "features": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
@@ -127,16 +128,20 @@ class Stages:
                 say(f"records: {found - len(loaded):,} of {found:,} left out, near to examples of the run's own data")
                 if not loaded:
                     raise UserError("data.source: every example is in the run's own data; name another dataset")
-            problems = assign_splits(
-                loaded, data.validation_fraction, data.test_fraction, data.near_duplicate_similarity, self.config.seed
-            )
+            similarity = data.near_duplicate_similarity
+            near = None if similarity is None else near_duplicates([p.question for p in loaded], similarity)
+            problems = divide(loaded, data.validation_fraction, data.test_fraction, near, self.config.seed)
             if held_out:
                 problems = [replace(p, split="test") for p in problems]
             write_records(path / "records.parquet", problems)
             counts = {split: sum(p.split == split for p in problems) for split in ("train", "validation", "test")}
             groups = len({p.group for p in problems})
             say(f"records: {len(problems):,} examples in {groups:,} groups: {counts}")
-            return {"examples": counts, "groups": groups, "left_out": found - len(loaded)}
+            short = len(problems) if near is None else near.short
+            if near is not None and short:
+                say(f"records: {short / len(problems):.1%} of the texts are shorter than a shingle; only equal ones unite")
+            not_compared = {"not_compared": short / len(problems)}  # share whose near-duplicates cannot be found
+            return {"examples": counts, "groups": groups, "left_out": found - len(loaded), **not_compared}
 
         inputs = data.model_dump(mode="json", exclude={"context_length", "packing"})
         source_hash = _source_hash(data.path) if held_out else self.source_hash

@@ -10,7 +10,7 @@ import pytest
 
 from raysae.data.records import make_problem
 from raysae.data.sources import load_problems
-from raysae.data.splits import SPLITS, assign_splits, near_duplicate_groups, unseen
+from raysae.data.splits import SPLITS, assign_splits, unseen
 from raysae.errors import UserError
 
 WORDS = [f"w{i}" for i in range(500)]
@@ -40,24 +40,6 @@ def texts_with_copies(seed: int, originals: int = 60) -> list[str]:
             texts.append(" ".join(copy))
     rng.shuffle(texts)
     return texts
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
-def test_groups_are_the_connected_components_of_the_exact_similarity(threshold):
-    texts = texts_with_copies(1, originals=25)
-    expected = list(range(len(texts)))
-    for i, a in enumerate(texts):
-        for j in range(i):
-            if similarity(a, texts[j]) >= threshold and expected[i] != expected[j]:
-                low, high = sorted((expected[i], expected[j]))
-                expected = [low if group == high else group for group in expected]
-    assert near_duplicate_groups(texts, threshold) == expected
-
-
-def test_numbers_and_short_texts_are_told_apart():
-    template = "{} has {} apples and {} pears and gives {} of them to a friend who has {} already"
-    assert near_duplicate_groups([template.format("Ann", *[n] * 4) for n in (3, 4)], 0.8) == [0, 1]
-    assert near_duplicate_groups(["a b", "a b", "a c", "", " "], 0.8) == [0, 0, 2, 3, 3]
 
 
 def test_near_duplicates_and_groups_stay_together():
@@ -96,11 +78,21 @@ def test_no_split_is_empty(sizes, fractions):
         assert len({(p.group, p.split) for p in assigned}) == len(sizes)
 
 
-def test_too_few_groups_is_the_users_mistake():
-    problems = [make_problem(f"d/{i}", "d", "the same text in every row") for i in range(20)]
-    with pytest.raises(UserError, match=r"data.validation_fraction: 20 examples form 1 group"):
-        assign_splits(problems, 0.1, 0.1, 0.8, seed=0)
-    assert len({p.split for p in assign_splits(problems, 0.1, 0.1, None, seed=0)}) == 3
+def test_too_few_groups_is_the_users_mistake_and_what_helps_is_said():
+    def refused(texts, group=None, threshold=0.8):
+        problems = [make_problem(f"d/{i}", "d", text, group=group) for i, text in enumerate(texts)]
+        with pytest.raises(UserError) as caught:
+            assign_splits(problems, 0.1, 0.1, threshold, seed=0)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    words = [" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(20)]
+    sums = [f"What is the sum of {i} and {i + 1}?" for i in range(20)]
+    assert re.match(r"data\.path: 20 examples form 1 group, .* 1 different texts: give more", refused(["the same"] * 20))
+    assert re.match(r"data\.columns\.group: 20 examples form 1 group, .* 1 different", refused(words, group="g"))
+    said = refused(sums)
+    assert re.match(r"data\.near_duplicate_similarity: 20 examples form 1 group, .*numbers.*null", said)
+    assert len({p.split for p in assign_splits([make_problem(t, "d", t) for t in sums], 0.1, 0.1, None, 0)}) == 3
 
 
 def test_what_is_near_to_known_examples_is_not_unseen():
