@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,11 +32,14 @@ from raysae.sae.sae import SAE
 
 ROWS_AT_ONCE = 8192
 LOGITS_AT_ONCE = 1 << 26  # elements of [tokens, vocab] held at once: 256 MiB in float32
-TOP_NORMS = 0.001
-"""The share of rows, those with the largest ‖x‖, whose reconstruction is also reported apart."""
-TOP_NORMS_KEPT = 0.01
-"""The share of each block's rows that is kept for it: a block may have ten times its share of a split's largest."""
-ROW_SUMS = ("rows", *SCALARS)
+NORM_ROWS = 20_000
+"""Training rows, at most, that say which norms are usual."""
+OUTLYING_MADS, OUTLYING_RATIO = 6.0, 3.0
+"""A row is an outlier in norm if it is so many robust standard deviations (1.4826 MAD of log-norms) above the median, and
+so many times the median: however many such rows there are, below half of all (Leys et al. 2013)."""
+ROW_SUMS = ("rows", *SCALARS, "usual", "usual_error", "usual_shifted")
+RECOVERED = {"ce_loss_recovered": "ce_zero_gap", "ce_recovered_mean": "ce_mean_gap"}
+"""Shares of a loss, and the loss: they are nan unless its whole interval is above 0."""
 SPLICED = ("nll_spliced", "kl_spliced")
 SCORE_SUMS = ("scored", "nll_clean", "nll_spliced", "nll_zero", "nll_mean", "kl_spliced", "kl_zero", "kl_mean")
 
@@ -67,10 +70,10 @@ def measure_block(host: ModelHost, block: TokenBlock, task: Measurement) -> dict
     scores = _score(host, block, store, saes, task)
     frames: list[pd.DataFrame] = []
     vectors: dict[str, Tensor] = {}
-    for sae_id, (sums, by_group, top) in row_sums(saes, store, task.site, block.name).items():
+    for sae_id, (sums, by_group) in row_sums(saes, store, task.site, block.name).items():
         frame = by_group.join(scores[sae_id], how="outer").fillna(0.0)
         frames.append(frame.rename_axis("group").reset_index().assign(sae_id=sae_id))
-        vectors |= {f"{sae_id}.shifted": sums.shifted, f"{sae_id}.residual": sums.residual, f"{sae_id}.top": top}
+        vectors |= {f"{sae_id}.shifted": sums.shifted, f"{sae_id}.residual": sums.residual}
         if sums.firings is not None:
             vectors[f"{sae_id}.firings"] = sums.firings
     task.root.mkdir(parents=True, exist_ok=True)
@@ -87,43 +90,64 @@ def done(root: Path, name: str) -> bool:
     return (root / f"{name}.json").exists()
 
 
-def row_sums(
-    saes: Mapping[str, SAE], store: Store, site: str, name: str
-) -> dict[str, tuple[RowSums, pd.DataFrame, Tensor]]:
+class Usual(NamedTuple):
+    """Which rows of a site are of usual norm, by its training rows: those within `limit` of `centre`."""
+
+    centre: Tensor
+    """Median of each dimension [d_in], which rows of huge norm do not move; norms are taken about it."""
+    limit: float
+    mean: Tensor
+    """Of such rows [d_in], float64."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """Which rows x [n, d_in] are: [n] bool."""
+        return (x.float() - self.centre.to(x.device)).norm(dim=1) <= self.limit
+
+
+@lru_cache(maxsize=64)
+def usual_rows(store: Path, site: str) -> Usual:
+    """By up to NORM_ROWS training rows of a store's site."""
+    x = Store(store).head(site, "train", NORM_ROWS).float()
+    centre = x.median(0).values
+    norm = (x - centre).norm(dim=1).double()
+    middle = norm.median()
+    if middle <= 0:  # most rows are one and the same: no norm is unusual
+        return Usual(centre, math.inf, x.double().mean(0))
+    spread = 1.4826 * (norm / middle).clamp_min(1e-30).log().abs().median()
+    limit = float(middle * (OUTLYING_MADS * spread).exp().clamp_min(OUTLYING_RATIO))
+    return Usual(centre, limit, x[norm <= limit].double().mean(0))
+
+
+def row_sums(saes: Mapping[str, SAE], store: Store, site: str, name: str) -> dict[str, tuple[RowSums, pd.DataFrame]]:
     """By sae_id: sums over one shard's rows, in all, and by group (index group, columns ROW_SUMS).
 
-    Third, of the rows with the largest norms, ‖x‖, ‖x - x̂‖² and ‖x - shift‖² [TOP_NORMS_KEPT · rows, 3].
+    usual, usual_error, usual_shifted: number, Σ‖x - x̂‖² and Σ‖x - mean of usual rows‖² of those of usual norm.
     """
-    x, shift = store.shard(site, name), store.mean(site)
+    x, shift, norms = store.shard(site, name), store.mean(site), usual_rows(store.path, site)
     groups = store.row_columns(name, ("group",))["group"].to_pandas()
     codes, names = pd.factorize(groups, sort=True)
-    kept = math.ceil(TOP_NORMS_KEPT * x.shape[0])
     device = next(iter(saes.values())).parameters["b_dec"].device
     sums = {sae_id: RowSums(shift) for sae_id in saes}
     by_group = {sae_id: {column: np.zeros(len(names)) for column in ROW_SUMS} for sae_id in saes}
-    top = {sae_id: torch.empty(0, 3, dtype=torch.float64) for sae_id in saes}
     for start in range(0, x.shape[0], ROWS_AT_ONCE):
         part = codes[start : start + ROWS_AT_ONCE]
         rows = Rows(x[start : start + ROWS_AT_ONCE].to(device, torch.float32), shift)
+        usual = norms.of(rows.x)
+        alike = {"rows": torch.ones(len(part)), "usual": usual}
+        alike["usual_shifted"] = (rows.x64 - norms.mean.to(rows.x64)).square().sum(1) * usual
         for sae_id, sae in saes.items():
             x_hat, f = sae.reconstruct(rows.x)
             terms = sums[sae_id].add(rows, x_hat, f)
-            _count(by_group[sae_id], {"rows": torch.ones(len(part)), **terms}, part)
-            largest = torch.stack([rows.norm, terms["squared_error"], terms["squared_shifted"]], 1)
-            top[sae_id] = _largest(torch.cat([top[sae_id], largest.cpu()]), kept)
+            terms["usual_error"] = terms["squared_error"].where(usual, 0)
+            _count(by_group[sae_id], {**alike, **terms}, part)
     index = pd.Index(names)
-    return {i: (sums[i], pd.DataFrame(by_group[i], index=index), top[i]) for i in saes}
+    return {i: (sums[i], pd.DataFrame(by_group[i], index=index)) for i in saes}
 
 
 def _count(sums: dict[str, np.ndarray], values: Mapping[str, Tensor], codes: np.ndarray) -> None:
     """Add values [n] to the sums of their groups."""
     for name, value in values.items():
         sums[name] += np.bincount(codes, weights=value.double().cpu().numpy(), minlength=len(sums[name]))
-
-
-def _largest(rows: Tensor, count: int) -> Tensor:
-    """The `count` rows with the largest first column."""
-    return rows[rows[:, 0].argsort(descending=True, stable=True)[:count]]
 
 
 def _score(
@@ -195,8 +219,9 @@ def collect(
 ) -> dict[str, dict[str, float]]:
     """Metrics by sae_id from the blocks' sums, with `<metric>_low`/`_high` for those that rank or gate.
 
-    `shift` is the vector about which `squared_shifted` was taken (the store's mean). dense_fraction and
-    never_fired_fraction have no interval: they would need each latent's firings by group.
+    `shift` is the vector about which `squared_shifted` was taken (the store's mean). dense_fraction, never_fired_fraction
+    and effective_latents have no interval: they would need each latent's firings by group. Shares of a loss (RECOVERED)
+    are nan where the loss is not clearly one.
     """
     vectors: dict[str, list[Tensor]] = {}
     for name in names:
@@ -210,15 +235,26 @@ def collect(
             setattr(sums, column, float(total[column]))
         for name in ("shifted", "residual", "firings"):
             setattr(sums, name, torch.stack(vectors[f"{sae_id}.{name}"]).sum(0))
-        top = torch.cat(vectors[f"{sae_id}.top"])
-        metrics = {**sums.metrics(), **_top_norms(sums, top), **_score_metrics(total)}
+        metrics = {**sums.metrics(), **_top_norms(total), **_score_metrics(total)}
+        metrics |= {"effective_latents": effective_latents(sums.firings)}
         metrics |= {"n_rows": sums.rows, "n_groups": len(by_group)}
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
         for name, values in resampled(by_group, exact, resamples, seed).items():
             low, high = percentile_interval(values.to_numpy(), confidence)
             metrics |= {f"{name}_low": low, f"{name}_high": high}
+        for recovered, gap in RECOVERED.items():
+            if not metrics[f"{gap}_low"] > 0:
+                metrics |= dict.fromkeys((recovered, f"{recovered}_low", f"{recovered}_high"), math.nan)
         found[sae_id] = metrics
     return found
+
+
+def effective_latents(firings: Tensor | None) -> float:
+    """How many latents that fire equally often would be as spread out as these [d_sae] counts: exp of the entropy of their
+    shares of all firings. Dead latents add nothing to it, and rare ones next to nothing."""
+    share = (torch.zeros(1) if firings is None else firings).double()
+    share = share[share > 0] / share.sum().clamp_min(1)
+    return math.exp(-(share * share.log()).sum().item()) if len(share) else 0.0
 
 
 def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -293,23 +329,30 @@ def exact_share(by_group: pd.DataFrame, fvu: float) -> float:
     return float(total.squared_error / shifted) if shifted > 0 else float("nan")
 
 
-def _top_norms(sums: RowSums, top: Tensor) -> dict[str, float]:
-    """The part of the TOP_NORMS of rows with the largest ‖x‖, which may carry most of the variance.
+def _top_norms(total: pd.Series) -> dict[str, float]:
+    """FVU with and without the rows of outlying norm, which may carry most of the variance, and what share they are of it.
 
-    `top` [n, 3] as of `row_sums`. Variance is about the mean of the store's training rows. Special tokens are in none of
-    it: they never become rows of a store.
+    total: sums of ROW_SUMS. Variance is about the mean of the training rows, without them about that of the others.
+    Special tokens are in none of it: they never become rows of a store.
     """
-    _, error, variance = _largest(top, math.ceil(TOP_NORMS * sums.rows)).sum(0).tolist()
-    rest = sums.squared_shifted - variance
+    n, rest = total["rows"] - total["usual"], total["squared_shifted"] - total["usual_shifted"]
+    error = total["squared_error"] - total["usual_error"]
     return {
-        "top_norms_variance": variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan"),
-        "fvu_top_norms": error / variance if variance > 0 else float("nan"),
-        "fvu_without_top_norms": (sums.squared_error - error) / rest if rest > 0 else float("nan"),
+        "top_norms_rows": n / total["rows"] if total["rows"] > 0 else float("nan"),
+        "top_norms_variance": rest / total["squared_shifted"] if n > 0 else 0.0,
+        "fvu_top_norms": error / rest if n > 0 and rest > 0 else float("nan"),
+        "fvu_without_top_norms": total["usual_error"] / total["usual_shifted"]
+        if total["usual_shifted"] > 0
+        else float("nan"),
     }
 
 
 def _score_metrics(total: pd.Series) -> dict[str, float]:
-    """CE in nats per token; recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and mean ablation."""
+    """CE in nats per token; recovered = (CE_ablated - CE_spliced) / (CE_ablated - CE_clean), for zero and mean ablation.
+
+    ce_zero_gap, ce_mean_gap: CE_ablated - CE_clean. Where the model loses nothing by the ablation there is nothing to
+    recover, and the ratio means nothing, whatever its sign.
+    """
     n = total["scored"] or float("nan")
     clean, spliced, zero, mean = (total[f"nll_{name}"] / n for name in ("clean", "spliced", "zero", "mean"))
     return {
@@ -318,6 +361,8 @@ def _score_metrics(total: pd.Series) -> dict[str, float]:
         "ce_zero": zero,
         "ce_mean": mean,
         "ce_delta": spliced - clean,
+        "ce_zero_gap": zero - clean,
+        "ce_mean_gap": mean - clean,
         "ce_loss_recovered": (zero - spliced) / (zero - clean) if zero != clean else float("nan"),
         "ce_recovered_mean": (mean - spliced) / (mean - clean) if mean != clean else float("nan"),
         "kl": total["kl_spliced"] / n,
@@ -340,7 +385,10 @@ def _ranked(exact: float) -> dict[str, Callable[[pd.DataFrame], pd.Series]]:
         "l2_ratio": lambda t: t.l2_ratio / t.rows,
         "relative_reconstruction_bias": lambda t: t.squared_norm_hat / t.inner_product,
         "cosine": lambda t: t.cosine / t.rows,
+        "fvu_without_top_norms": lambda t: t.usual_error / t.usual_shifted,
         "ce_delta": lambda t: (t.nll_spliced - t.nll_clean) / t.scored,
+        "ce_zero_gap": lambda t: (t.nll_zero - t.nll_clean) / t.scored,
+        "ce_mean_gap": lambda t: (t.nll_mean - t.nll_clean) / t.scored,
         "ce_loss_recovered": lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean),
         "ce_recovered_mean": lambda t: (t.nll_mean - t.nll_spliced) / (t.nll_mean - t.nll_clean),
         "kl": lambda t: t.kl_spliced / t.scored,

@@ -34,13 +34,18 @@ class Metric(NamedTuple):
     less_is_better: bool
     counted: str
     """The sum that counts what it rests on: groups in which it is 0 say nothing."""
+    gap: Callable[[pd.DataFrame], pd.Series] | None = None
+    """What it is a share of: a domain in which this is not clearly above 0 has no such metric."""
 
 
 METRICS = {
     "fvu": Metric(lambda t: t.squared_error / t.squared_shifted, True, "rows"),
     "l0": Metric(lambda t: t.active / t.rows, True, "rows"),
-    "ce_loss_recovered": Metric(lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean), False, "scored"),
-}
+    "ce_loss_recovered": Metric(
+        lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean), False, "scored",
+        gap=lambda t: t.nll_zero - t.nll_clean,
+    ),
+}  # fmt: skip
 """FVU of a domain is about the mean of the training rows: its own is not kept, and about that FVU would be higher."""
 
 
@@ -84,10 +89,17 @@ def coverage(
                 for metric, m in METRICS.items():
                     behind = {name: part[part[m.counted] > 0] for name, part in parts.items()}
                     behind = {name: part for name, part in behind.items() if len(part) >= ENOUGH_GROUPS}
-                    drawn = {
-                        name: m.of(pd.DataFrame(bootstrap_totals(part.to_numpy(), resamples, seed + k), columns=SUMS))
+                    totals = {
+                        name: pd.DataFrame(bootstrap_totals(part.to_numpy(), resamples, seed + k), columns=SUMS)
                         for k, (name, part) in enumerate(behind.items())
                     }
+                    if m.gap is not None:
+                        for name, part in parts.items():
+                            gap = m.gap(totals.get(name, part.sum().to_frame().T))
+                            if not percentile_interval(gap.to_numpy(), confidence)[0] > 0:
+                                table[name][metric] = np.nan
+                                behind.pop(name, None)
+                    drawn = {name: m.of(totals[name]) for name in behind}
                     for name, row in table.items():
                         values = drawn[name].to_numpy() if name in drawn else np.array([np.nan])
                         low, high = percentile_interval(values, confidence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,48 +13,74 @@ from pydantic import Field, model_validator
 
 from raysae.config import NULLS, Section, read_yaml, validate
 from raysae.errors import UserError
+from raysae.evaluate.fidelity import RECOVERED
 from raysae.evaluate.nulls import ELSEWHERE
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 METRICS = (
-    "fvu", "explained_variance", "l0", "l0_fraction", "l1", "dead_fraction", "never_fired_fraction", "dense_fraction",
+    "fvu", "explained_variance", "fvu_without_top_norms", "l0", "l0_fraction", "l0_per_dim", "l0_effective", "l1",
+    "dead_fraction", "never_fired_fraction", "dense_fraction", "effective_latents",
     "l2_ratio", "relative_reconstruction_bias", "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl",
     "stability_mmcs", "stability_recurring_fraction", "stability_recurring_variance",
     "d_sae", "expansion_factor", "n_rows", "n_scored_tokens",
 )  # fmt: skip
-SPARSITY = ("l0", "l0_fraction")
-CODES = ("pca", "ica", "shuffled_rows", "untrained_model")
-"""Kinds of null that may be good codes, so that one is beaten only at an L0 that is no lower than the SAE's (to 5 %)."""
+SHARES = {
+    "l0_per_dim": "of the dimensions of its input",
+    "l0_fraction": "of its live latents",
+    "l0_effective": "of the latents in use",
+}
+"""L0 by what it is a share of: d_in; d_sae without dead and never-used latents; the number of latents that are as spread
+out if they fire equally often, to which latents that hardly ever fire add next to nothing."""
+SPARSITY = ("l0", *SHARES)
+AS_DENSE = 0.95
+"""A null is compared with an SAE if its L0 is no lower, to so much: more latents on bring it nearer to the activations."""
 OF_THE_MODEL = ("ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "n_scored_tokens")
 MOST_ACTIVE = 0.5
-"""An SAE that fires more than this share of its latents on a token is dense: it meets no upper bound on L0, however lax."""
+"""An SAE whose L0 is more than this share of d_in, or of its latents (SHARES), is dense: it meets no upper bound on L0,
+however lax. With as many latents on as its input has dimensions, any change of basis is faithful."""
+Difference = Callable[[str, str, str], tuple[float, float, float] | None]
+"""metric(one) - metric(other) with its interval, paired by group (`fidelity.Paired`); None where it was not measured."""
 
 
-class Criterion(Section):
-    """One line of a gate."""
+class Bound(Section):
+    """How a metric must stand to a number."""
 
-    criterion: str
-    """What is asked, in words."""
     metric: Literal[METRICS]  # type: ignore[valid-type]
-    """Column of the table; l0_fraction is L0 / d_sae."""
+    """Column of the table, or a share of L0 (SHARES)."""
     op: Literal["<=", "<", ">=", ">"]
     """How the value must stand to the threshold."""
     threshold: Annotated[float, Field(allow_inf_nan=False)]
     """The bound."""
-    confidence: Literal["point", "interval"] = "point"
-    """What must stand so: the value, or every point of its interval (of `evaluation.confidence`, 95% by default)."""
-    must_beat: Annotated[str, Field(min_length=1)] | None = None
-    """Kind of null (`evaluation.nulls`), such as `untrained`, each of which at its site an SAE must also beat in this
-    metric; of kinds that are codes in their own right, such as `pca`, the sparsest that is no sparser than it."""
-    mandatory: bool = True
-    """Whether missing it stops the phase; others are reported only."""
-    why: str
-    """The reason for the bound."""
 
     @property
     def below(self) -> bool:
         """Whether less is better."""
         return self.op in ("<=", "<")
+
+
+class Criterion(Bound):
+    """One line of a gate."""
+
+    criterion: str
+    """What is asked, in words."""
+    confidence: Literal["point", "interval"] = "point"
+    """What must stand so: the value, or every point of its interval (of `evaluation.confidence`, 95% by default)."""
+    must_beat: Annotated[str, Field(min_length=1)] | None = None
+    """Kind of null (`evaluation.nulls`), such as `random_encoder`, that an SAE must also beat in this metric, clear by the
+    interval of the difference: the null that was made beside it, or else the sparsest at its site that is no sparser."""
+    fallback: Bound | None = None
+    """What is asked in its place, of the value or the interval and against the same null, where an SAE has no such metric,
+    as CE recovered where ablation costs the model nothing."""
+    mandatory: bool = True
+    """Whether missing it stops the phase; others are reported only."""
+    why: str
+    """The reason for the bound."""
+
+    def asked(self, metrics: Mapping[str, Any]) -> Criterion:
+        """This criterion, or its fallback where `metrics` have no such number."""
+        if self.fallback is None or math.isfinite(measured(metrics, self.metric).value):
+            return self
+        return self.model_copy(update=self.fallback.model_dump() | {"fallback": None})
 
 
 class Assumption(Section):
@@ -119,6 +145,8 @@ class Verdict:
     """waived: it does not hold, and a waiver says that this does not stop the run."""
     reason: str
     """Why it does not hold; empty for a pass."""
+    instead_of: str | None = None
+    """Why it is not the metric that the gate asks for first; None where it is."""
 
     @property
     def stops(self) -> bool:
@@ -155,8 +183,8 @@ def load_gate(path: Path) -> Gate:
     gate = validate(Gate, read_yaml("gate", path), where=str(path))
     if not bounds_l0(gate):
         raise UserError(
-            "criteria: none is a mandatory upper bound on l0 or l0_fraction, so that a dense SAE could pass; add one, such "
-            f"as metric l0_fraction, op <=, threshold 0.1 (in {path})"
+            f"criteria: none is a mandatory upper bound on {', '.join(SPARSITY[:-1])} or {SPARSITY[-1]}, so that a dense "
+            f"SAE could pass; add one, such as metric l0_per_dim, op <=, threshold 0.25 (in {path})"
         )
     return gate
 
@@ -173,14 +201,14 @@ def check_must_beat(gate: Gate, nulls: Collection[str], path: Path) -> None:
             raise UserError(
                 f"evaluation.nulls: {', '.join(nulls)} lacks {c.must_beat}, but {asked}; {mend} (in {path})"
             )
-        if c.must_beat == ELSEWHERE and c.metric in OF_THE_MODEL:
+        if c.must_beat == ELSEWHERE and {c.metric, getattr(c.fallback, "metric", None)} & {*OF_THE_MODEL}:
             raise UserError(
                 f"must_beat: {asked}, whose {c.metric} is not measured: its model predicts nothing (in {path})"
             )
 
 
 def kind_of(control: str) -> str:
-    """The kind of `control-<kind>-<architecture>-<d_sae>-<site>`."""
+    """The kind of `control-<kind>-...`."""
     return control.split("-", 2)[1] if control.count("-") > 1 else ""
 
 
@@ -194,18 +222,23 @@ def apply(
     metrics: Mapping[str, Any],
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     waived: Collection[str] = (),
+    difference: Difference | None = None,
 ) -> list[Verdict]:
     """Every criterion of `gate` against one SAE's metrics (a row of the table).
 
-    controls: metrics of the run's controls by their names, `control-<kind>-...`, for `must_beat`. waived: criteria, by
-    their words, that need not hold.
+    controls: metrics of the nulls on the same split by their names, `control-<kind>-...`, for `must_beat`. waived:
+    criteria, by their words, that need not hold. difference: of two SAEs by their ids, `sae_id` in the metrics; without
+    it intervals must not overlap.
     """
     n = _number(metrics, "n_rows")
     verdicts = []
-    for c in gate.criteria:
+    for given in gate.criteria:
+        c = given.asked(metrics)
         found = measured(metrics, c.metric)
         rivals = {name: measured(control, c.metric) for name, control in _rivals(c, metrics, controls or {}).items()}
-        reasons = [r for r in (_misses_bound(c, found), _is_dense(c, metrics), _misses_controls(c, found, rivals)) if r]
+        apart = _differences(c, metrics, rivals, difference)
+        reasons = [_misses_bound(c, found, metrics), _is_dense(c, metrics), _misses_controls(c, found, rivals, apart)]
+        reasons = [reason for reason in reasons if reason]
         baselines = [rival.value for rival in rivals.values()]
         verdicts.append(
             Verdict(
@@ -215,37 +248,84 @@ def apply(
                 baseline_value=(min if c.below else max)(baselines, default=None),
                 verdict="pass" if not reasons else "waived" if c.criterion in waived else "fail",
                 reason="; ".join(reasons),
-                **c.model_dump(),
+                instead_of=None if c is given else _undefined(given, metrics),
+                **c.model_dump(exclude={"fallback"}),
             )
         )
     return verdicts
 
 
+def beside(metrics: Mapping[str, Any]) -> set[str]:
+    """Ids of the SAEs that a null was made beside; an SAE's own."""
+    of = metrics.get("beside", metrics.get("sae_id"))
+    return {of} if isinstance(of, str) else set(of or ())
+
+
 def _rivals(
     c: Criterion, metrics: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """The controls that `must_beat` is about: of its kind and site; of CODES the sparsest that is as dense as the SAE.
+    """The controls that `must_beat` is about: of its kind and site, as dense as the SAE (AS_DENSE), and made beside it; if
+    none is, the sparsest."""
+    dense = {
+        i: m
+        for i, m in controls.items()
+        if kind_of(i) == c.must_beat
+        and m.get("site") == metrics.get("site")
+        and _number(m, "l0") >= AS_DENSE * _number(metrics, "l0")
+    }
+    own = {i: m for i, m in dense.items() if beside(m) & beside(metrics)}
+    sparsest = min((_number(m, "l0") for m in (own or dense).values()), default=math.nan)
+    return {i: m for i, m in (own or dense).items() if _number(m, "l0") == sparsest}
 
-    A code with more latents on is nearer to the activations, so to beat one that is denser is to beat one at equal L0.
-    """
-    found = {i: m for i, m in controls.items() if kind_of(i) == c.must_beat and m.get("site") == metrics.get("site")}
-    if c.must_beat not in CODES:
-        return found
-    dense = {i: m for i, m in found.items() if _number(m, "l0") >= 0.95 * _number(metrics, "l0")}
-    sparsest = min((_number(m, "l0") for m in dense.values()), default=math.nan)
-    return {i: m for i, m in dense.items() if _number(m, "l0") == sparsest}
+
+def _differences(
+    c: Criterion, metrics: Mapping[str, Any], rivals: Collection[str], difference: Difference | None
+) -> dict[str, Measured]:
+    """The metric less that of each rival, by group, where that is known."""
+    if difference is None or not isinstance(metrics.get("sae_id"), str):
+        return {}
+    found = {name: difference(metrics["sae_id"], name, c.metric) for name in rivals}
+    return {name: Measured(*d) for name, d in found.items() if d is not None}
 
 
 def measured(metrics: Mapping[str, Any], metric: str) -> Measured:
-    """A metric of an SAE with its interval; l0_fraction from L0 and d_sae."""
-    name, unit = ("l0", _number(metrics, "d_sae") or math.nan) if metric == "l0_fraction" else (metric, 1.0)
+    """A metric of an SAE with its interval; SHARES from L0 and what it is a share of."""
+    name, unit = ("l0", _whole(metrics, metric) or math.nan) if metric in SHARES else (metric, 1.0)
     return Measured(*(_number(metrics, f"{name}{end}") / unit for end in ("", "_low", "_high")))
 
 
-def _misses_bound(c: Criterion, found: Measured) -> str:
+def _whole(metrics: Mapping[str, Any], share: str) -> float:
+    """What L0 is a share of. A linear code is judged at `latents`, those of the SAE that it stands beside."""
+    d_sae = _number(metrics, "d_sae")
+    if share == "l0_per_dim":
+        d_in = _number(metrics, "d_in")
+        return d_in if math.isfinite(d_in) else d_sae / (_number(metrics, "expansion_factor") or math.nan)
+    latents = _number(metrics, "latents")
+    if math.isfinite(latents):
+        return latents
+    if share == "l0_effective":
+        return _number(metrics, "effective_latents")
+    silent = (_number(metrics, "dead_fraction"), _number(metrics, "never_fired_fraction"))
+    return d_sae * (1 - max((part for part in silent if math.isfinite(part)), default=0.0))
+
+
+def _undefined(c: Criterion, metrics: Mapping[str, Any]) -> str:
+    """Why an SAE lacks the metric of a criterion."""
+    gap = measured(metrics, RECOVERED.get(c.metric, ""))
+    if not math.isfinite(gap.value):
+        return f"{c.metric} was not measured"
+    return (
+        f"{c.metric} is not defined here: ablation costs the model {gap.value:.3g} [{gap.low:.3g}, {gap.high:.3g}] nats, "
+        "which is not clearly above 0"
+    )
+
+
+def _misses_bound(c: Criterion, found: Measured, metrics: Mapping[str, Any]) -> str:
     """Why the value, or its interval, does not stand to the threshold as it must; empty if it does."""
     value, low, high = found
     holds = OPERATORS[c.op]
+    if c.metric in RECOVERED and not math.isfinite(value) and RECOVERED[c.metric] in metrics:
+        return _undefined(c, metrics)
     if not (math.isfinite(value) and holds(value, c.threshold)):
         return f"{c.metric} {value:.4g}, must be {c.op} {c.threshold:g}"
     if c.confidence == "point" or all(math.isfinite(end) and holds(end, c.threshold) for end in (low, high)):
@@ -257,29 +337,37 @@ def _misses_bound(c: Criterion, found: Measured) -> str:
 
 def _is_dense(c: Criterion, metrics: Mapping[str, Any]) -> str:
     """Why no upper bound on L0 holds for a dense SAE; empty for other criteria and SAEs."""
-    share = measured(metrics, "l0_fraction").value
-    if c.metric in SPARSITY and c.below and share > MOST_ACTIVE:
-        return f"dense: {share:.0%} of the latents are active on a token, over {MOST_ACTIVE:.0%}"
+    if c.metric in SPARSITY and c.below:
+        for share, of_what in SHARES.items():
+            active = measured(metrics, share).value
+            if active > MOST_ACTIVE:
+                return f"dense: L0 {_number(metrics, 'l0'):.4g} is {active:.0%} {of_what}, over {MOST_ACTIVE:.0%}"
     return ""
 
 
-def _misses_controls(c: Criterion, found: Measured, rivals: Mapping[str, Measured]) -> str:
+def _misses_controls(
+    c: Criterion, found: Measured, rivals: Mapping[str, Measured], apart: Mapping[str, Measured]
+) -> str:
     """Why the value is not better than that of every rival; empty if it is, or need not be.
 
-    Better is by intervals that do not overlap where both have one, else by value.
+    Better is by the interval of the difference (`apart`); where there is none by intervals that do not overlap; where one
+    has none by value.
     """
     if c.must_beat is None:
         return ""
     if not rivals:
-        at_l0 = " at its L0 or above" if c.must_beat in CODES else ""
-        return f"{c.metric} must beat that of an SAE of kind {c.must_beat}, but no such control was measured{at_l0}"
+        asked = f"{c.metric} must beat that of an SAE of kind {c.must_beat}"
+        return f"{asked}, but no such control was measured at its L0 or above"
     for name, rival in rivals.items():
-        by_interval = all(math.isfinite(end) for end in (*found, *rival))
-        mine, theirs = found.value, rival.value
-        if by_interval:
+        mine, theirs, what = found.value, rival.value, " is not better than"
+        if name in apart:
+            d = apart[name]
+            mine, theirs = (d.high, 0.0) if c.below else (d.low, 0.0)
+            what = f" is not clearly better (by {d.value:.2g} [{d.low:.2g}, {d.high:.2g}], paired by group) than"
+        elif all(math.isfinite(end) for end in (*found, *rival)):
             mine, theirs = (found.high, rival.low) if c.below else (found.low, rival.high)
+            what = "'s interval does not clear"
         if not (mine < theirs if c.below else mine > theirs):
-            what = "'s interval does not clear" if by_interval else " is not better than"
             return f"{c.metric} {found.value:.4g}{what} {rival.value:.4g} of {name}"
     return ""
 

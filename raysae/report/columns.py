@@ -43,8 +43,25 @@ COLUMNS = (
     Column("fvu", "FVU", "ratio", "fraction of variance unexplained; 0 is perfect, 1 is predicting the mean"),
     Column("explained_variance", "EV", "ratio", "explained variance, 1 − FVU"),
     Column("l0", "L0", "short", "active latents per token, mean"),
-    Column("l0_fraction", "L0 / d_sae", "share", "share of the latents that are active on a token"),
-    Column("ce_loss_recovered", "CE recovered", "ratio", "share of the zero-ablation loss that the SAE recovers"),
+    Column(
+        "l0_fraction", "L0 / live latents", "share", "share of the latents that ever fire that are active on a token"
+    ),
+    Column(
+        "l0_per_dim", "L0 / d_in", "share", "active latents per dimension of the activations; 1 is a change of basis"
+    ),
+    Column("l0_effective", "L0 / latents in use", "share", "share of the effective latents that are active on a token"),
+    Column(
+        "effective_latents",
+        "Effective latents",
+        "short",
+        "latents that are as spread out if they fire equally often: exp of the entropy of their shares of all firings",
+    ),
+    Column(
+        "ce_loss_recovered",
+        "CE recovered",
+        "ratio",
+        "share of the zero-ablation loss that the SAE recovers; none where ablation costs the model nothing",
+    ),
     Column("ce_delta", "ΔCE, nats", "nats", "cross-entropy added by splicing the SAE in"),
     Column("kl", "KL, nats", "nats", "divergence of the spliced model's next-token distribution from the clean one"),
     Column("dead_fraction", "Dead", "share", "latents that did not fire in the dead window at the end of training"),
@@ -59,9 +76,15 @@ COLUMNS = (
     ),
     Column("cosine", "Cosine", "ratio", "mean cosine of x and x̂"),
     Column("l1", "L1", "small", "sum of |f| per token, mean, in units of the SAE's latents on raw activations"),
-    Column("fvu_without_top_norms", "FVU, other norms", "ratio", "FVU without the 0.1% of tokens with the largest |x|"),
-    Column("fvu_top_norms", "FVU, top norms", "ratio", "FVU of the 0.1% of tokens with the largest |x|"),
-    Column("top_norms_variance", "Variance in top norms", "share", "share of the variance that those 0.1% carry"),
+    Column("fvu_without_top_norms", "FVU, other norms", "ratio", "FVU without tokens of outlying norm, however many"),
+    Column("fvu_top_norms", "FVU, top norms", "ratio", "FVU of the tokens of outlying norm"),
+    Column(
+        "top_norms_rows",
+        "Top norms",
+        "share",
+        "tokens of outlying norm: over 6 robust deviations, and 3 times, the median",
+    ),
+    Column("top_norms_variance", "Variance in top norms", "share", "share of the variance that they carry"),
     Column("ev_resid_var", "EV, residual variance", "ratio", "1 − Σ var(x−x̂) / Σ var(x): blind to a constant offset"),
     Column(
         "ev_global", "EV, all elements", "ratio", "variances of all elements about one mean: credits the mean vector"

@@ -19,7 +19,6 @@ from raysae.evaluate.fidelity import (
     Measurement,
     Paired,
     _ranked,
-    _top_norms,
     collect,
     done,
     measure_block,
@@ -261,30 +260,96 @@ def test_a_difference_is_paired_by_group():
 def test_every_metric_that_can_gate_has_an_interval():
     """But for facts, for the dead latents of training, and for those that need each latent's firings by group."""
     facts = {"d_sae", "expansion_factor", "n_rows", "n_scored_tokens"}
-    without = {"dead_fraction", "never_fired_fraction", "dense_fraction"}
-    assert {*_ranked(1.0), "l0_fraction"} == {*METRICS} - facts - without - {*stability.COLUMNS}
+    without = {"dead_fraction", "never_fired_fraction", "dense_fraction", "effective_latents"}
+    assert {*_ranked(1.0), "l0_fraction", "l0_per_dim", "l0_effective"} - {"ce_zero_gap", "ce_mean_gap"} == {
+        *METRICS
+    } - facts - without - {*stability.COLUMNS}
 
 
-def test_the_largest_norms_apart(tmp_path, monkeypatch):
-    """3000 rows, of which the three largest, all in one shard, carry most of the variance and are not reconstructed."""
-    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 700)
-    x = torch.randn(3000, D_MODEL, generator=torch.Generator().manual_seed(0)) + 1
-    x[2500:2503] = torch.tensor([300.0, -200.0, 400.0])[:, None]
+def of_rows(tmp_path, sae, x):
+    """Totals of an SAE over 3000 rows in two shards of validation, after 1000 of training."""
     store = tiny_store(tmp_path, [("train", x[:1000]), ("validation", x[:2000]), ("validation", x[2000:])], SITE)
-    sae = saes()["topk"]
-    found = [row_sums({"topk": sae}, store, SITE, name)["topk"] for name in store.names("validation")]
-    sums, top = found[0][0].merge(found[1][0]), torch.cat([part[2] for part in found])
-    largest = torch.arange(3000).sub(2501).abs() < 2
-    error = (x.double() - sae(x).double()).square().sum(1)
-    variance = (x.double() - store.mean(SITE)).square().sum(1)
-    assert _top_norms(sums, top) == pytest.approx(
-        {
-            "top_norms_variance": (variance[largest].sum() / variance.sum()).item(),
-            "fvu_top_norms": (error[largest].sum() / variance[largest].sum()).item(),
-            "fvu_without_top_norms": (error[~largest].sum() / variance[~largest].sum()).item(),
-        }
-    )
-    assert _top_norms(sums, top)["top_norms_variance"] > 0.9
+    found = [row_sums({"sae": sae}, store, SITE, name)["sae"][1] for name in store.names("validation")]
+    return pd.concat(found).sum()
+
+
+def rows_of_norm(share, factor, rows=3000):
+    """Rows off the origin, of which every 1/share-th is `factor` times as long."""
+    x = torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(0)) + 1
+    outlying = torch.zeros(rows, dtype=torch.bool)
+    if share:
+        outlying[:: round(1 / share)] = True
+    return torch.where(outlying[:, None], x * factor, x), outlying
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.25])
+def test_fvu_without_the_rows_of_huge_norm_does_not_depend_on_how_many_there_are(tmp_path, monkeypatch, share):
+    """The SAE reconstructs the huge rows alone. FVU falls with their number; without them it is 1, as it should be."""
+    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 700)
+    x, outlying = rows_of_norm(share, 250.0)
+
+    class SinkOnly(SAE):
+        def reconstruct(self, rows):
+            _, f = super().reconstruct(rows)
+            return torch.where((rows.norm(dim=1) > 100)[:, None], rows, x[~outlying].mean(0)), f
+
+    one = saes()["topk"]
+    total = of_rows(tmp_path, SinkOnly(one.config, one.parameters), x)
+    found = fidelity._top_norms(total)
+    assert found["fvu_without_top_norms"] == pytest.approx(1.0, abs=5e-3)
+    assert found["top_norms_rows"] == pytest.approx(outlying.float().mean().item())
+    if share:
+        assert total.squared_error / total.squared_shifted < 0.05 and found["fvu_top_norms"] == pytest.approx(
+            0, abs=1e-9
+        )
+        assert found["top_norms_variance"] > 0.95
+    else:
+        fvu = (total.squared_error / total.squared_shifted).item()
+        assert found["fvu_without_top_norms"] == pytest.approx(fvu, rel=1e-6)
+        assert found["top_norms_variance"] == 0 and np.isnan(found["fvu_top_norms"])
+
+
+def test_norms_of_ordinary_rows_are_usual(tmp_path):
+    """Log-normal norms, and ones that hardly differ, have no outliers; nor have rows most of which are one and the same."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, D_MODEL, generator=generator)
+    unit = x / x.norm(dim=1, keepdim=True)
+    same = torch.ones(4000, D_MODEL).index_copy(0, torch.arange(0, 4000, 3), x[::3])
+    wide = unit * torch.randn(4000, 1, generator=generator).mul(0.8).exp()
+    for i, rows in enumerate((unit, wide, x + 50, same)):
+        store = tiny_store(tmp_path / str(i), [("train", rows)], SITE)
+        assert fidelity.usual_rows(store.path, SITE).of(rows).all(), i
+
+
+def test_effective_latents_count_those_that_share_the_firings():
+    even = torch.tensor([50.0] * 16)
+    assert fidelity.effective_latents(even) == pytest.approx(16)
+    assert fidelity.effective_latents(torch.cat([even, torch.zeros(1000)])) == pytest.approx(16)  # dead
+    rare = torch.cat([even * 100, torch.ones(400)])
+    assert 16 < fidelity.effective_latents(rare) < 24  # 416 fire
+    assert fidelity.effective_latents(torch.zeros(5)) == fidelity.effective_latents(None) == 0
+
+
+@pytest.mark.parametrize("cost,defined", [(-0.5, False), (0.02, False), (0.5, True)])
+def test_a_share_of_the_loss_by_ablation_needs_a_clear_loss(world, tmp_path, monkeypatch, cost, defined):
+    """Where the model is no worse, or not clearly, with the site ablated, there is nothing to recover."""
+    rng = np.random.default_rng(0)
+    real = fidelity.group_sums
+
+    def ablated(root, names):
+        found = real(root, names)
+        for by_group in found.values():
+            noise = rng.standard_normal(len(by_group)) * 0.3
+            by_group["nll_zero"] = by_group["nll_clean"] + by_group["scored"] * (cost + noise - noise.mean())
+        return found
+
+    monkeypatch.setattr(fidelity, "group_sums", ablated)
+    found = world.collect(*world.blocks)["relu"]
+    gap = found["ce_zero_gap"]
+    assert gap == pytest.approx(found["ce_zero"] - found["ce_clean"]) and (found["ce_zero_gap_low"] > 0) is defined
+    names = [f"ce_loss_recovered{end}" for end in ("", "_low", "_high")]
+    assert all(np.isfinite(found[name]) is np.bool_(defined) for name in names)
+    assert np.isfinite(found["ce_delta_low"])
 
 
 @pytest.mark.parametrize("site", ["embed", "blocks.0.attn_out", "blocks.1.resid_pre", "blocks.1.mlp_out"])
@@ -330,7 +395,8 @@ def test_scores_use_the_first_sequences_and_row_metrics_use_all(world):
 def test_rows_are_the_stores_and_the_splice_is_of_the_models(world, tmp_path):
     """Of a store in bfloat16: row metrics are of what it holds, to the last digit; CE and KL see none of its rounding."""
     block = world.blocks[0]
-    capture_block(world.host, block, tmp_path / "store", CaptureSettings((SITE,), "bfloat16", 24, 0))
+    for one in (tiny_block("train", 0), block):
+        capture_block(world.host, one, tmp_path / "store", CaptureSettings((SITE,), "bfloat16", 24, 0))
     write_json(tmp_path / "store/manifest.json", world.store.manifest)
     task = replace(world.task, store=tmp_path / "store", root=tmp_path / "found")
     measure_block(world.host, block, task)

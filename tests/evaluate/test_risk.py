@@ -74,6 +74,19 @@ def test_small_domains_are_given_but_not_judged(tmp_path):
     assert rows.loc["b", "n_scored_groups"] == 5 and "ce_loss_recovered" not in worst
 
 
+def test_a_domain_in_which_ablation_costs_nothing_has_no_share_of_it(tmp_path):
+    """Where the model is better off without the site, CE recovered changes its sign: it would be the best of all."""
+    found = world(tmp_path, {"a": 10, "b": 12, "c": 14}, {"a": 30, "b": 30, "c": 30})
+    block = pd.read_parquet(tmp_path / "block.parquet")
+    block.loc[block["group"].str.startswith("b"), "nll_zero"] = 8.9  # below clean
+    block.to_parquet(tmp_path / "block.parquet")
+    table, facts = found()
+    rows, worst = table.set_index("domain"), facts["worst"]["sae"]["stratum"]["ce_loss_recovered"]
+    assert rows.loc["b", [f"ce_loss_recovered{end}" for end in ("", "_low", "_high")]].isna().all()
+    assert worst["domain"] in "ac" and worst["mean"] == pytest.approx(rows["ce_loss_recovered"].mean())
+    assert rows.loc["b", "fvu_low"] < rows.loc["b", "fvu"]
+
+
 def test_a_group_of_several_domains_is_mixed(tmp_path):
     table, facts = world(tmp_path, {"a": 10, "b": 11}, {"a": 30, "b": 30})([problem("a-0", "b"), problem("b-1", "b")])
     rows = table.set_index("domain")

@@ -9,7 +9,17 @@ import yaml
 
 from raysae.config import NULLS
 from raysae.errors import UserError
-from raysae.gates.criteria import METRICS, Gate, apply, check_must_beat, load_gate, passes
+from raysae.gates.criteria import (
+    METRICS,
+    SHARES,
+    SPARSITY,
+    Gate,
+    apply,
+    check_must_beat,
+    load_gate,
+    measured,
+    passes,
+)
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
 from raysae.sae.metrics import RowSums
 from raysae.sae.sae import SAE
@@ -78,7 +88,7 @@ def test_a_verdict_carries_its_value_interval_and_reason():
     assert verdict.record() == {
         "phase": "toy", "criterion": "fvu is right", "metric": "fvu", "op": "<=", "threshold": 0.2, "confidence": "point",
         "must_beat": None, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3, "n": 70,
-        "baseline_value": None, "verdict": "fail", "reason": "fvu 0.25, must be <= 0.2",
+        "baseline_value": None, "verdict": "fail", "reason": "fvu 0.25, must be <= 0.2", "instead_of": None,
     }  # fmt: skip
     assert verdict.shortfall == pytest.approx(0.25)
 
@@ -89,15 +99,16 @@ def test_a_row_without_measurements_fails_and_does_not_crash():
     assert verdict.verdict == "fail" and verdict.n == 0 and verdict.shortfall == math.inf
 
 
-def judged(criterion, metrics, controls=None, waived=()):
+def judged(criterion, metrics, controls=None, waived=(), difference=None):
     """The verdict of a gate of one criterion (its fields)."""
     fields = {"criterion": "c", "op": "<=", "threshold": 0.2, "why": "so", **criterion}
-    (verdict,) = apply(Gate.model_validate({"name": "toy", "criteria": [fields]}), metrics, controls, waived)
+    gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
+    (verdict,) = apply(gate, metrics, controls, waived, difference)
     return verdict
 
 
 def around(metric, value, by, site="s"):
-    return {metric: value, f"{metric}_low": value - by, f"{metric}_high": value + by, "site": site}
+    return {"l0": 8.0, metric: value, f"{metric}_low": value - by, f"{metric}_high": value + by, "site": site}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,11 +155,11 @@ UNTRAINED = "control-untrained-relu-64-s"
     [
         (around("fvu", 0.5, 0.1), around("fvu", 0.8, 0.1), True),
         (around("fvu", 0.5, 0.125), around("fvu", 0.75, 0.125), False),  # the intervals touch
-        (around("fvu", 0.5, 0.1), {"fvu": 0.51, "site": "s"}, True),  # one interval: by value
-        ({"fvu": 0.5, "site": "s"}, around("fvu", 0.51, 0.1), True),
-        ({"fvu": 0.5, "site": "s"}, {"fvu": 0.5, "site": "s"}, False),
-        ({"fvu": 0.5, "site": "s"}, {"fvu": math.nan, "site": "s"}, False),
-        ({"fvu": 0.5, "site": "s"}, {"site": "s"}, False),
+        (around("fvu", 0.5, 0.1), {"fvu": 0.51, "l0": 8.0, "site": "s"}, True),  # one interval: by value
+        ({"fvu": 0.5, "l0": 8.0, "site": "s"}, around("fvu", 0.51, 0.1), True),
+        ({"fvu": 0.5, "l0": 8.0, "site": "s"}, {"fvu": 0.5, "l0": 8.0, "site": "s"}, False),
+        ({"fvu": 0.5, "l0": 8.0, "site": "s"}, {"fvu": math.nan, "l0": 8.0, "site": "s"}, False),
+        ({"fvu": 0.5, "l0": 8.0, "site": "s"}, {"l0": 8.0, "site": "s"}, False),
     ],
 )
 def test_a_control_is_beaten_by_intervals_apart_or_else_by_value(mine, control, holds):
@@ -217,6 +228,89 @@ def test_a_gate_that_asks_for_a_null_that_is_not_measured_is_refused():
         check_must_beat(gate(must_beat="untrained_model", metric="ce_delta"), NULLS, path)
 
 
+def test_the_null_to_beat_is_the_one_beside_the_sae_at_its_l0():
+    """Not one at another width, nor a denser one; where its own is sparser than it, the sparsest that is not."""
+    mine = around("fvu", 0.5, 0.01) | {"sae_id": "a"}
+    own, other = around("fvu", 0.6, 0.01) | {"beside": ["b", "a"]}, around("fvu", 0.4, 0.01) | {"beside": ["b"]}
+    denser = around("fvu", 0.3, 0.01) | {"l0": 20.0, "beside": ["c"]}
+    controls = {"control-untrained-1": own, "control-untrained-2": other, "control-untrained-3": denser}
+    assert judged(BEATS, mine, controls).verdict == "pass"
+    assert judged(BEATS, mine | {"sae_id": "b"}, controls).reason.endswith("0.4 of control-untrained-2")
+    short = {**controls, "control-untrained-1": own | {"l0": 7.0}}
+    assert judged(BEATS, mine, short).reason.endswith("0.4 of control-untrained-2")
+    assert judged(BEATS, mine | {"l0": 30.0}, controls).reason.endswith("at its L0 or above")
+    code = around("fvu", 0.35, 0.001) | {"beside": ["a"]}  # a null, judged: what stands beside the same SAE
+    assert judged(BEATS, code, controls).baseline_value == 0.6
+
+
+def test_a_difference_by_group_decides_where_there_is_one():
+    mine = around("fvu", 0.5, 0.2) | {"sae_id": "a"}
+    rival = {UNTRAINED: around("fvu", 0.6, 0.2)}
+    assert judged(BEATS, mine, rival).verdict == "fail"
+    asked = []
+
+    def paired(low, high):
+        def difference(one, other, metric):
+            asked.append((one, other, metric))
+            return ((low + high) / 2, low, high)
+
+        return difference
+
+    assert judged(BEATS, mine, rival, difference=paired(-0.15, -0.05)).verdict == "pass"
+    assert asked == [("a", UNTRAINED, "fvu")]
+    verdict = judged(BEATS, mine, rival, difference=paired(-0.2, 0.01))
+    assert (
+        "not clearly better (by -0.095 [-0.2, 0.01], paired by group) than 0.6 of control-untrained" in verdict.reason
+    )
+    apart = {UNTRAINED: around("fvu", 0.8, 0.01)}
+    assert (
+        judged(BEATS, around("fvu", 0.5, 0.01) | {"sae_id": "a"}, apart, difference=lambda *_: None).verdict == "pass"
+    )
+    upwards = {"metric": "ce_loss_recovered", "op": ">=", "threshold": 0.1, "must_beat": "untrained"}
+    more = around("ce_loss_recovered", 0.9, 0.2) | {"sae_id": "a"}
+    rival = {UNTRAINED: around("ce_loss_recovered", 0.8, 0.2)}
+    found = [judged(upwards, more, rival, difference=paired(*ends)).verdict for ends in ((0.05, 0.15), (-0.01, 0.2))]
+    assert found == ["pass", "fail"]
+
+
+RECOVERED = {
+    "metric": "ce_loss_recovered", "op": ">=", "threshold": 0.9, "confidence": "interval", "must_beat": "untrained",
+}  # fmt: skip
+FALLBACK = {"fallback": {"metric": "ce_delta", "op": "<=", "threshold": 0.1}}
+
+
+def test_where_ablation_costs_nothing_the_share_of_it_fails_or_the_fallback_is_asked():
+    helps = around("ce_zero_gap", -0.07, 0.02) | {"ce_loss_recovered": math.nan}
+    verdict = judged(RECOVERED, helps | {"ce_delta": 0.0})
+    assert verdict.verdict == "fail" and verdict.instead_of is None
+    assert (
+        "not defined here: ablation costs the model -0.07 [-0.09, -0.05] nats, which is not clearly above 0"
+        in verdict.reason
+    )
+    rival = {UNTRAINED: helps | around("ce_delta", 0.5, 0.1)}
+    verdicts = [
+        judged(RECOVERED | FALLBACK, helps | around("ce_delta", delta, by), rival)
+        for delta, by in ((0.02, 0.01), (0.02, 0.1), (1.54, 0.01))
+    ]
+    assert [v.verdict for v in verdicts] == ["pass", "fail", "fail"]
+    for v in verdicts:
+        assert (v.metric, v.op, v.threshold, v.confidence, v.must_beat) == (
+            "ce_delta",
+            "<=",
+            0.1,
+            "interval",
+            "untrained",
+        )
+        assert v.baseline_value == 0.5 and "ce_loss_recovered is not defined here" in v.instead_of
+    near = {UNTRAINED: helps | around("ce_delta", 0.03, 0.01)}
+    assert "does not clear" in judged(RECOVERED | FALLBACK, helps | around("ce_delta", 0.02, 0.01), near).reason
+    plain = judged(RECOVERED | FALLBACK, around("ce_loss_recovered", 0.5, 0.01) | {"ce_delta": 0.0}, rival)
+    assert (plain.metric, plain.verdict, plain.instead_of) == ("ce_loss_recovered", "fail", None), (
+        "defined, and too low"
+    )
+    assert judged(RECOVERED | FALLBACK, {"site": "s"}).verdict == "fail", "what was not measured passes nothing"
+
+
 @pytest.mark.parametrize("controls", [None, {}, {"control-pca-64-s": around("fvu", 1.0, 0.0)}])
 def test_without_a_control_of_the_kind_the_criterion_fails_and_says_so(controls):
     verdict = judged(BEATS, around("fvu", 0.0, 0.0), controls)
@@ -267,12 +361,38 @@ def test_no_shipped_gate_lets_a_perfect_but_dense_sae_pass(path, d_sae):
     assert not any(passed(share) for share in (0.2, 0.51, 0.9, 1.0))
 
 
-@pytest.mark.parametrize("metric,threshold", [("l0", 1e9), ("l0_fraction", 1.0)])
-def test_a_lax_bound_on_l0_lets_no_dense_sae_pass_either(metric, threshold):
-    gate = gate_of((metric, "<=", threshold))
-    assert passes(apply(gate, {"l0": 32.0, "d_sae": 64}))
-    (verdict,) = apply(gate, {"l0": 60.0, "d_sae": 64})
-    assert verdict.verdict == "fail" and "dense: 94% of the latents" in verdict.reason
+@pytest.mark.parametrize("metric", SPARSITY)
+@pytest.mark.parametrize(
+    "denser,of",
+    [
+        ({"l0": 60.0}, "94% of its live latents"),  # of 64 latents
+        ({"l0": 30.0, "dead_fraction": 0.25}, "62% of its live latents"),
+        ({"l0": 30.0, "dead_fraction": 0.0, "never_fired_fraction": 0.25}, "62% of its live latents"),
+        ({"l0": 30.0, "d_sae": 4096, "d_in": 40}, "75% of the dimensions of its input"),
+        ({"l0": 30.0, "d_sae": 4096, "d_in": None, "expansion_factor": 102.4}, "75% of the dimensions of its input"),
+        ({"l0": 30.0, "d_sae": 4096, "effective_latents": 45.0}, "67% of the latents in use"),
+    ],
+)
+def test_a_lax_bound_on_l0_lets_no_dense_sae_pass_either(metric, denser, of):
+    """As many latents on as half the input's dimensions, or half the latents that live, or that do not fire once in a
+    thousand tokens: whatever the rest of the width."""
+    gate = gate_of((metric, "<=", 1e9))
+    sparse = {"l0": 30.0, "d_sae": 64, "d_in": 256, "effective_latents": 60.0}
+    assert passes(apply(gate, sparse))
+    (verdict,) = apply(gate, sparse | denser)
+    assert verdict.verdict == "fail" and f"dense: L0 {denser['l0']:.4g} is {of}, over 50%" in verdict.reason
+
+
+def test_shares_of_l0_have_its_interval_and_the_wholes_that_they_say():
+    sae = {"l0": 8.0, "l0_low": 4.0, "l0_high": 16.0, "d_sae": 64, "expansion_factor": 4.0, "effective_latents": 20.0}
+    assert measured(sae, "l0_per_dim") == (0.5, 0.25, 1.0) == measured(sae | {"d_in": 16}, "l0_per_dim")
+    assert measured(sae, "l0_effective") == (0.4, 0.2, 0.8)
+    assert measured(sae, "l0_fraction").value == 8 / 64
+    assert measured(sae | {"dead_fraction": 0.5, "never_fired_fraction": 0.1}, "l0_fraction").value == 8 / 32
+    assert measured(sae | {"dead_fraction": math.nan, "never_fired_fraction": 0.75}, "l0_fraction").value == 8 / 16
+    assert math.isnan(measured(sae | {"dead_fraction": 1.0}, "l0_fraction").value)
+    code = {"l0": 8.0, "d_sae": 16, "d_in": 16, "latents": 64, "effective_latents": 9.0, "never_fired_fraction": 0.4}
+    assert [measured(code, share).value for share in SHARES] == [8 / 16, 8 / 64, 8 / 64], "at the SAE's own width"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
@@ -363,8 +483,12 @@ def test_a_gate_without_a_mandatory_upper_bound_on_l0_is_refused(tmp_path, spars
     with pytest.raises(UserError) as caught:
         load_gate(file)
     message = str(caught.value)
-    assert message.startswith("criteria: ") and "upper bound on l0 or l0_fraction" in message and str(file) in message
-    assert "add one, such as metric l0_fraction, op <=, threshold 0.1" in message and "\n" not in message
+    assert (
+        message.startswith("criteria: ")
+        and "upper bound on l0, l0_per_dim, l0_fraction or l0_effective" in message
+        and str(file) in message
+    )
+    assert "add one, such as metric l0_per_dim, op <=, threshold 0.25" in message and "\n" not in message
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -401,9 +525,9 @@ def test_an_untrained_sae_is_as_stable_as_chance():
     """A criterion on stability can be beaten by the control's null, and fails where there is one seed."""
     asked = {"criterion": "stable", "metric": "stability_mmcs", "op": ">=", "threshold": 0.3, "must_beat": "untrained"}
     gate = Gate.model_validate({"name": "g", "criteria": [asked | {"why": "so"}]})
-    null = {"site": "s", "stability_mmcs": 0.4, "stability_mmcs_low": 0.38, "stability_mmcs_high": 0.42}
+    null = {"site": "s", "l0": 8.0, "stability_mmcs": 0.4, "stability_mmcs_low": 0.38, "stability_mmcs_high": 0.42}
     for value, expected in ((0.6, True), (0.41, False), (0.2, False), (None, False)):
-        metrics = {"site": "s", "stability_mmcs": value}
+        metrics = {"site": "s", "l0": 8.0, "stability_mmcs": value}
         if value is not None:
             metrics |= {"stability_mmcs_low": value - 0.02, "stability_mmcs_high": value + 0.02}
         assert passes(apply(gate, metrics, {"control-untrained-relu-64-s": null})) is expected

@@ -84,7 +84,7 @@ def test_of_equally_sparse_the_smallest_is_chosen():
 def test_choosing_hands_the_controls_to_the_gate():
     fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
     gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
-    controls = {"control-untrained-relu-64-s": {"fvu": 0.15, "site": "s"}}
+    controls = {"control-untrained-relu-64-s": {"fvu": 0.15, "l0": 40.0, "site": "s"}}
     assert choose(HAND, gate).chosen is None
     assert choose(HAND, gate, controls).chosen == "e"  # b and d meet the bound but are no better than the control
 
