@@ -191,12 +191,13 @@ class SweepConfig(Section):
     """optuna chooses the coefficients; grid trains every combination."""
     l1_range: tuple[PositiveFloat, PositiveFloat] = (0.02, 0.5)
     """Log-uniform range of L1 coefficients: loss = sum_d (x-x_hat)^2 + l1 sum_j f_j |W_dec_j|, inputs scaled to mean
-    |x|^2 = 1 (optuna)."""
+    |x - mean|^2 = 1 (optuna)."""
     l1_coefficients: Widths = (0.02, 0.06, 0.2)
     """L1 coefficients of the grid."""
     l1_units: str = "unit_norm"
-    """Convention in which L1 coefficients are given here: unit_norm (as above), sqrt_d (inputs of norm sqrt(d_in)),
-    mean_error (mean over d of the error, z-scored inputs), mean_error_mean_latents. The table states them as unit_norm."""
+    """Convention in which L1 coefficients are given here: unit_norm (as above), unit_norm_uncentred (inputs of mean
+    |x|^2 = 1), sqrt_d (inputs of norm sqrt(d_in)), mean_error (mean over d of the error, z-scored inputs),
+    mean_error_mean_latents. The table states them as unit_norm."""
     k_range: tuple[PositiveInt, PositiveInt] = (4, 32)
     """Log-uniform range of k of the TopK family (optuna)."""
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1), Distinct] = (8, 16, 32)

@@ -6,6 +6,7 @@ is started only if a stage has work for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -40,7 +41,7 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 6, "nulls": 1, "null_model": 1, "evaluation": 4,
+    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 7, "nulls": 1, "null_model": 1, "evaluation": 4,
     "stability": 1, "domains": 2, "transfer": 1, "invariance": 1, "probes": 1, "features": 1,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
@@ -55,6 +56,8 @@ CONTEXT_AT_MOST = 512
 """Context length where neither the config nor the model asks for less."""
 LONG_TO_READ = 10**10
 """Bytes from which a line says that a stage is being compared with its hashes, at about a gigabyte a second and core."""
+FAR = 3.0
+"""‖mean‖ over √E‖x - mean‖² of activations, from which the log speaks of it."""
 MAX_DROPPED = 0.5
 """Share of examples that may be too long for the context before that is the user's mistake."""
 
@@ -226,7 +229,7 @@ class Stages:
 
             placement = self.cluster.trials()
             pack_size = self.pack_size(placement)
-            for line in self.cut:
+            for line in [*self.cut, *far_from_zero(common.offsets)]:
                 say(line)
             search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
             trial = self._trial(path, store, tokens)
@@ -337,7 +340,8 @@ class Stages:
         classes = store.label_count("train", t.losses.probe_label) if t.losses.probe > 0 else 0
         losses = Losses(**t.losses.model_dump(exclude={"probe_label"}), probe_classes=classes)
         units = "unit_norm" if self.replay else self.config.sweep.l1_units  # a replay's are converted
-        return Common(t.learning_rate, t.base_learning_rate, losses, units)
+        offsets = {site: store.offset(site) for site in store.sites}
+        return Common(t.learning_rate, t.base_learning_rate, losses, units, offsets)
 
     def trial(self, store: Path, shared: Recipe, rungs: int, root: Path, metadata: dict[str, Any]) -> Any:
         """What its trials share, writing below `root`."""
@@ -544,6 +548,17 @@ def coefficients(sweep: SweepConfig) -> tuple[dict[str, tuple[float, float]], di
         {a: sweep.ranges.get(a, ranges[COEFFICIENT[a]]) for a in sweep.architectures},
         {a: sweep.coefficients.get(a, values[COEFFICIENT[a]]) for a in sweep.architectures},
     )
+
+
+def far_from_zero(offsets: Mapping[str, float]) -> list[str]:
+    """What to say of sites whose mean outweighs what varies about it, by their `Store.offset`."""
+    ratios = {site: math.sqrt(max(offset**2 - 1, 0.0)) for site, offset in offsets.items()}
+    return [
+        f"sweep: {site}: the norm of the mean activation is {ratio:.3g} times what varies about it; b_dec takes it, and "
+        "inputs are scaled by what varies"
+        for site, ratio in ratios.items()
+        if ratio > FAR
+    ]
 
 
 def _stated(sweep: SweepConfig) -> dict[str, tuple[str, Sequence[float]]]:

@@ -11,6 +11,7 @@ trainer reads shards front to back and sees an iterator of batches. Nothing outs
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,18 @@ class Store:
     def mean(self, site: str) -> Tensor:
         """Per-dimension mean of the training rows [d_model], float64."""
         return torch.tensor(self.site(site)["mean"], dtype=torch.float64)
+
+    def variance(self, site: str) -> float:
+        """E‖x - mean‖² of the training rows. UserError where all of them are the same, so that nothing can be learnt."""
+        square_norm = self.site(site)["mean_square_norm"]
+        variance = square_norm - self.mean(site).square().sum().item()
+        if not variance > 1e-12 * square_norm:
+            raise UserError(f"capture.sites: all training rows of {site} are the same; name another site")
+        return variance
+
+    def offset(self, site: str) -> float:
+        """√(E‖x‖² / E‖x - mean‖²) of the training rows: 1 where their mean is 0."""
+        return math.sqrt(self.site(site)["mean_square_norm"] / self.variance(site))
 
     def rows(self, split: str) -> int:
         return sum(s.rows for s in self.shards if s.split == split)

@@ -36,7 +36,7 @@ COLUMNS = (
     ),
     Column("expansion_factor", "Expansion ×", "small", "d_sae / d_in"),
     Column("d_sae", "Width d_sae", "count", "number of latents"),
-    Column("l1_coefficient", "L1 coefficient", "small", "weight of the L1 penalty, at inputs of mean squared norm 1"),
+    Column("l1_coefficient", "L1 coefficient", "small", "weight of the L1 penalty, at inputs of variance 1"),
     Column("k", "k", "count", "latents that a TopK SAE keeps per token; BatchTopK on average, in training"),
     Column("target_l0", "Target L0", "short", "the L0 that a JumpReLU SAE is trained to have"),
     Column("l0_coefficient", "L0 coefficient", "small", "weight of a JumpReLU SAE's L0 penalty"),

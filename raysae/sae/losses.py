@@ -18,7 +18,7 @@ SAMPLED_ATOMS = 256
 
 @dataclass(frozen=True)
 class Losses:
-    """Coefficients, in the units of the reconstruction term (inputs of mean squared norm 1, summed over d_in)."""
+    """Coefficients, in the units of the reconstruction term (inputs of variance 1, summed over d_in)."""
 
     decorrelation: float = 0.0
     max_cosine: float = 0.0

@@ -70,7 +70,8 @@ class InputScale:
 
     mean: Tensor
     """[d_in]"""
-    mean_square_norm: float
+    variance: float
+    """E‖x - mean‖²: of what varies, since b_dec takes the mean away. A constant added to all rows changes no training."""
     centre: Tensor | None = None
     """Where b_dec starts [d_in]; the mean if None."""
     rows: Tensor | None = None
@@ -78,12 +79,12 @@ class InputScale:
 
     @property
     def factor(self) -> float:
-        """s with mean ‖s·x‖² = 1."""
-        return 1 / math.sqrt(self.mean_square_norm)
+        """s with mean ‖s·(x - mean)‖² = 1."""
+        return 1 / math.sqrt(self.variance)
 
 
 def untrained(config: SAEConfig, scale: InputScale) -> SAE:
-    """The SAE of `config` before its first step, in units of raw activations: it knows only their mean and norm."""
+    """The SAE of `config` before its first step, in units of raw activations: it knows only their mean and variance."""
     return SAE(config, fold(initial_parameters(config, scale.mean * scale.factor), scale.factor))
 
 
@@ -305,7 +306,7 @@ class Pack:
             self.step += 1
 
     def _scaled(self, given: Tensor | Batch) -> Batch:
-        """On this device, x in float32 at mean squared norm 1."""
+        """On this device, x in float32 at variance 1."""
         given = given if isinstance(given, Batch) else Batch(given)
         x = given.x.to(self.device, torch.float32, non_blocking=True) * self.scale.factor
         labels, follows = (None if t is None else t.to(self.device, non_blocking=True) for t in given[1:])

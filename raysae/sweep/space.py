@@ -129,6 +129,8 @@ class Common:
     losses: Losses = field(default_factory=Losses)
     l1_units: str = "unit_norm"
     """In which L1 coefficients are stated (`conventions.L1_UNITS`)."""
+    offsets: Mapping[str, float] = field(default_factory=dict)
+    """By site, for those units: `Store.offset`, 1 where it is not given."""
 
 
 SHOWN = {"k": "k", "l1_coefficient": "l1_", "target_l0": "target", "l0_coefficient": "l0_"}
@@ -143,7 +145,7 @@ def members(proposal: Proposal, coefficient: float, d_in: int, seeds: Sequence[i
     name = COEFFICIENT[proposal.architecture]
     value: float = min(int(coefficient), d_sae) if name == "k" else float(coefficient)
     if name == "l1_coefficient":
-        value = l1_in_unit_norm(value, common.l1_units, d_in, d_sae)
+        value = l1_in_unit_norm(value, common.l1_units, d_in, d_sae, common.offsets.get(proposal.site, 1.0))
     if name == "target_l0":
         value = min(value, d_sae)
     shown = f"{SHOWN[name]}{value:.3g}" if name != "k" else f"k{value}"

@@ -128,7 +128,7 @@ def input_scale(store: Store, site: str, start: Start = Start()) -> InputScale:
         centre = torch.zeros_like(mean)
     elif start.b_dec == "geometric_median" and sample is not None:
         centre = geometric_median(sample).to(torch.float32)
-    return InputScale(mean, store.site(site)["mean_square_norm"], centre, sample if start.at_rows else None)
+    return InputScale(mean, store.variance(site), centre, sample if start.at_rows else None)
 
 
 def _stream(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch.Tensor | Batch]:

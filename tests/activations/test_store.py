@@ -218,3 +218,14 @@ def test_a_store_of_another_model_is_refused(store):
 def test_an_unknown_site_is_named_with_those_there_are(store):
     with pytest.raises(UserError, match=r"no site blocks\.1\.resid_pre; it has blocks\.0\.resid_post"):
         store.mean("blocks.1.resid_pre")
+
+
+def test_what_varies_is_told_apart_from_the_mean_and_nothing_varying_is_refused(tmp_path):
+    x = torch.randn(500, 8) + 100
+    store = tiny_store(tmp_path / "far", [("train", x)])
+    varies = x.double().var(0, correction=0).sum().item()
+    assert store.variance(store.sites[0]) == pytest.approx(varies, rel=1e-6)
+    assert store.offset(store.sites[0]) == pytest.approx((x.double().square().sum(1).mean().item() / varies) ** 0.5)
+    same = tiny_store(tmp_path / "same", [("train", torch.full((500, 8), 3.25))])
+    with pytest.raises(UserError, match=r"capture\.sites: all training rows of .* are the same"):
+        same.variance(same.sites[0])

@@ -23,7 +23,7 @@ def planted(rows: int, seed: int) -> torch.Tensor:
 G = torch.nn.functional.normalize(torch.randn(ATOMS, D, generator=torch.Generator().manual_seed(11)))
 ROWS = planted(100 * BATCH, 1)
 HELD_OUT = planted(4096, 2)
-SCALE = InputScale(ROWS.mean(0), ROWS.square().sum(1).mean().item())
+SCALE = InputScale(ROWS.mean(0), ROWS.var(0, correction=0).sum().item())
 # Its right sparsity: the number of atoms per row, or a coefficient small against what an atom explains.
 SPARSITY = {
     "relu": {"l1_coefficient": 0.3},

@@ -13,6 +13,7 @@ from sae.reference import REVIVING, loss_and_latents
 from raysae.errors import UserError
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
 from raysae.sae.losses import Batch, Losses
+from raysae.sae.metrics import RowSums
 from raysae.sae.train import CLIP_NORM, InputScale, Member, Pack, Recipe, geometric_median
 
 D, BATCH = 8, 32
@@ -21,7 +22,7 @@ RECIPE = Recipe(
 )
 ROWS = sparse_rows(50 * BATCH, D, seed=1) * 3
 ROWS[20 * BATCH : 22 * BATCH] *= 10  # two batches whose gradients must be clipped at norm 1
-SCALE = InputScale(ROWS.mean(0), ROWS.double().square().sum(1).mean().item())
+SCALE = InputScale(ROWS.mean(0), ROWS.double().var(0, correction=0).sum().item())
 BATCHES = ROWS.split(BATCH)
 
 RELU = Member("relu", SAEConfig("relu", D, 48, l1_coefficient=1.5, seed=1), 3e-2)
@@ -75,7 +76,7 @@ def reference(member, batches, recipe, scale, clip_norm):
     silent, threshold = torch.zeros(c.d_sae), None
     seen = {"clipped": 0, "unclipped": 0, "dead": 0}
     for t, batch in enumerate(batches):
-        x, dead = batch / math.sqrt(scale.mean_square_norm), silent >= recipe.dead_after_tokens
+        x, dead = batch / math.sqrt(scale.variance), silent >= recipe.dead_after_tokens
         sparsity = min(1, (t + 1) / recipe.sparsity_warmup_steps)
         if c.architecture == "p_anneal":
             anneal(p, c, x, t / recipe.steps)
@@ -131,6 +132,27 @@ def test_fifty_steps_equal_autograd_and_adam(monkeypatch, member, clip_norm):
     assert pack.state_of(member.sae_id)["loss"] == pytest.approx(loss, rel=1e-4)
     assert pack.state_of(member.sae_id)["dead_fraction"] == pytest.approx((silent >= 2 * BATCH).double().mean().item())
     assert (pack.step, pack.tokens) == (50, 50 * BATCH)
+
+
+@pytest.mark.parametrize(
+    "member", [m for m in ALL if m.sae_id in ("relu", "jumprelu", "gated", "topk")], ids=lambda m: m.sae_id
+)
+def test_a_constant_added_to_every_row_changes_no_training(member):
+    """b_dec takes it away, so the scale must not depend on it: FVU and L0 after every ten steps."""
+    constant = 10 * SCALE.variance**0.5 * torch.nn.functional.normalize(torch.arange(1.0, D + 1), dim=0)
+    found = []
+    for offset in (torch.zeros(D), constant):
+        rows = ROWS + offset
+        mean = rows.double().mean(0)
+        pack = Pack([member], RECIPE, InputScale(mean.float(), (rows - mean).square().sum(1).mean().item()))
+        for part in rows.split(10 * BATCH):
+            pack.train(part.split(BATCH))
+            sums = RowSums(mean)
+            sums.add(rows, *pack.sae(member.sae_id).reconstruct(rows))
+            found.append((sums.metrics()["fvu"], sums.metrics()["l0"]))
+    before, after = torch.tensor(found).chunk(2)
+    torch.testing.assert_close(after, before, rtol=2e-3, atol=0)
+    assert before[-1, 0] < 0.9 * before[0, 0], "nothing was learnt"
 
 
 def test_the_decoder_of_topk_stays_on_the_unit_sphere():
@@ -346,7 +368,7 @@ def test_a_data_driven_start_points_latents_at_rows_and_a_median_resists_outlier
     assert (centre - ROWS[:50].double().mean(0)).norm() < 0.1 * (rows.double().mean(0) - centre).norm()
     objective = lambda c: (rows.double() - c).norm(dim=1).sum()  # noqa: E731
     assert all(objective(centre) <= objective(centre + 1e-2 * e) for e in (*torch.eye(D), *-torch.eye(D)))
-    scale = InputScale(SCALE.mean, SCALE.mean_square_norm, centre, ROWS[:10])
+    scale = InputScale(SCALE.mean, SCALE.variance, centre, ROWS[:10])
     p = Pack([TOPK], RECIPE, scale)._members["topk"].parameters
     torch.testing.assert_close(p["b_dec"], (centre * scale.factor).float())
     from_centre = torch.nn.functional.normalize(ROWS[:10] - centre.float())

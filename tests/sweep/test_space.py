@@ -102,5 +102,15 @@ def test_the_recipe_counts_tokens_in_steps():
 
 def test_l1_coefficients_are_given_in_the_stated_units_and_kept_as_unit_norm():
     (proposal,) = proposals({"s": 64}, ("relu",), (4,), {"relu": (0.8,)}, 1)
+    (far,) = members(proposal, 0.8, 64, (0,), Common(l1_units="sqrt_d", offsets={"s": 2.0}))
+    assert far.config.l1_coefficient == pytest.approx(0.2)
     (member,) = members(proposal, 0.8, 64, (0,), Common(l1_units="sqrt_d"))
     assert member.config.l1_coefficient == pytest.approx(0.8 / 8) and "l1_0.1" in member.sae_id
+
+
+def test_the_log_speaks_of_a_mean_that_outweighs_what_varies():
+    from raysae.stages import far_from_zero
+
+    assert far_from_zero({"near": 1.0, "there": 10**0.5 - 1e-9}) == []
+    (line,) = far_from_zero({"near": 1.0, "far": 101**0.5})
+    assert line.startswith("sweep: far: the norm of the mean activation is 10 times what varies about it")

@@ -37,7 +37,7 @@ class SAEConfig:
     """What determines an SAE's function and its training: architecture, shape, sparsity, seed.
 
     Each architecture is set by one of the sparsity fields. Coefficients are stated for sum-over-d squared error and inputs
-    of mean squared norm 1; at E‖x‖ = sqrt(d_in) the same SAE has sqrt(d_in) times the L1 coefficient.
+    of variance E‖x - μ‖² = 1; at a variance of d_in the same SAE has sqrt(d_in) times the L1 coefficient.
     """
 
     architecture: str
