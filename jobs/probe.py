@@ -9,6 +9,7 @@ from raysae.config import ProbeJob, load_config
 from raysae.data.records import read_records
 from raysae.evaluate import probes
 from raysae.job import run_job
+from raysae.looks import look
 from raysae.report.page import write_report
 from raysae.run import Run
 
@@ -19,7 +20,13 @@ def main(argv: list[str]) -> None:
     subject, sae_id = run.subject(config.sae), config.sae or str(run.best)
     other = Run.open(config.untrained).subject() if config.untrained else run.untrained_model(sae_id)
     settings = probes.Settings(**config.model_dump(exclude={"run", "labels", "sae", "untrained"}))
-    problems = read_records(run.stage("records") / "records.parquet")
+    records = run.stage("records")
+    if config.split == "test":
+        looked = look(
+            run.path.resolve().parent, records.name, "probes", run.path.resolve().name, config.model_dump(mode="json")
+        )
+        print(f"look {looked['number']} at the test rows")
+    problems = read_records(records / "records.parquet")
     table, facts = probes.probe(subject, problems, config.labels, settings, other)
     probes.write(run.path / "probes", table, facts, settings, sae_id=sae_id, site=subject.site)
     if run.report.exists():

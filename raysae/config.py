@@ -313,8 +313,8 @@ class EvaluationConfig(Section):
 class ProbeFields(Section):
     """How probes are fitted and scored."""
 
-    split: Literal["train", "validation", "test"] = "test"
-    """Whose rows; the SAE was trained on train, and chosen on validation."""
+    split: Literal["train", "validation", "test"] = "validation"
+    """Whose rows; the SAE was trained on train and chosen on validation; a look at test is counted."""
     rows: PositiveInt = 4000
     """Most rows per label, about as many of every group."""
     folds: Annotated[Int, Field(ge=2)] = 5
@@ -394,9 +394,9 @@ class SweepJob(Section):
     gate: UserPath = Path("configs/gates/default.yaml")
     """Criteria that the chosen SAE must meet."""
     basis: UserPath | None = None
-    """Folder of an earlier run, such as the phase before, on whose go this one builds; it does not start on a no-go."""
+    """Folder of an earlier run, such as the phase before, on whose go this one builds; it starts on nothing less."""
     waiver: UserPath | None = None
-    """YAML file in which a person waives criteria of the gate, or the basis' no-go: waived_by, why, criteria or run."""
+    """YAML file in which a person waives criteria of the gate, or a basis that is no go: waived_by, why, criteria, run."""
     cluster: ClusterConfig = ClusterConfig()
     """Where work runs. Changes no result, so no stage depends on it."""
     tracking: TrackingConfig = TrackingConfig()
@@ -406,7 +406,7 @@ class SweepJob(Section):
     plan: CliImplicitFlag[bool] = False
     """Project hours, devices, disk and tokens from a short calibration on this machine, print them and stop."""
     require_go: bool = False
-    """Exit with status 3 when no SAE passes the gate, so that a pipeline stops."""
+    """Exit with status 3 unless the verdict is go, so that a pipeline stops."""
 
     def identity(self) -> dict[str, Any]:
         """What the run's results depend on: all but where it runs, what it may cost and who is told."""

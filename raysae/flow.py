@@ -30,12 +30,14 @@ from raysae.evaluate.nulls import ELSEWHERE
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.evidence import Controls, Evidence
 from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes
-from raysae.gates.select import choose, decide, pareto_front
+from raysae.gates.select import choose, decide, split_of
 from raysae.gates.waivers import load_waiver, read_basis
+from raysae.looks import look
 from raysae.progress import say
 from raysae.report.page import write_report
 from raysae.run import Run
 from raysae.schedule import activation_bytes, sae_bytes
+from raysae.stages import blocks_of, names_of
 from raysae.sweep.collect import alike
 from raysae.sweep.replay import Replay
 
@@ -61,6 +63,20 @@ class Prepared(NamedTuple):
     """Records and tokens of each dataset to transfer to."""
 
 
+class Made(NamedTuple):
+    """What a run has when all is trained and measured on the validation split."""
+
+    saes: Stage
+    validation: Stage
+    controlled: Sequence[Controls]
+    records: Stage
+    store: Stage
+    tokens: Stage
+    model: str
+    away: Mapping[str, tuple[Stage, Stage]]
+    """Records and tokens of each dataset to transfer to."""
+
+
 class Flow(Evidence):
     """A job from its config to its run's directory."""
 
@@ -83,7 +99,7 @@ class Flow(Evidence):
         controls = [Controls(nulls, store, validation)]
         if ELSEWHERE in self.config.evaluation.nulls:
             controls.append(self._untrained_model(sae_stage, tokens, model))
-        return self._finish(sae_stage, validation, controls, records, store, tokens, model, away)
+        return self._finish(Made(sae_stage, validation, controls, records, store, tokens, model, away))
 
     def prepare(self) -> Prepared:
         """What costs seconds: the config's checks, the records, the tokens, and whether the budget is enough."""
@@ -113,56 +129,94 @@ class Flow(Evidence):
             self._only_find = False
         return self.finished[before:]
 
-    def _finish(
-        self, saes: Stage, validation: Stage, controlled: Sequence[Controls], records: Stage, store: Stage, tokens: Stage,
-        model: str, away: Mapping[str, tuple[Stage, Stage]],
-    ) -> Run:  # fmt: skip
-        """Choose, measure the choice once on test, and write the run's directory; decision.json makes it a run."""
-        metrics = validation.manifest["metrics"]
-        table = pd.read_parquet(saes.path / "table.parquet")
+    def _finish(self, made: Made) -> Run:
+        """Choose, measure the choices once on test, and write the run's directory; decision.json makes it a run."""
+        table, controls, evidence = self._gather(made)
+        decision = self._judge(made, table, controls)
+        return self._write(made, table, decision, [*evidence, *self._about_lead(made, table, decision)])
+
+    def _gather(self, made: Made) -> tuple[pd.DataFrame, dict[str, dict[str, Any]], list[tuple[str, Stage]]]:
+        """The table, the controls, and the stages that say more, each with its folder of the run."""
+        metrics = made.validation.manifest["metrics"]
+        table = pd.read_parquet(made.saes.path / "table.parquet")
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
-        table = _with_last_rung(table, pd.read_parquet(saes.path / "curves.parquet"))
-        controls = controls_of(controlled)
-        evidence = [("", self.domains(validation, tokens, records, store.manifest["sites"]))]  # folder of the run, stage
+        table = _with_last_rung(table, pd.read_parquet(made.saes.path / "curves.parquet"))
+        controls = controls_of(made.controlled)
+        evidence = [("", self.domains(made.validation, made.tokens, made.records, made.store.manifest["sites"]))]
         if len(self.config.sweep.seeds) > 1:
-            stable = self.stability(saes, validation, store, tokens, model)
+            stable = self.stability(made.saes, made.validation, made.store, made.tokens, made.model)
             evidence.append(("", stable))
             recurring = stable.manifest["stability"]
             table = table.merge(stability_columns(recurring), on="sae_id", how="left")
             for c in controls.values():  # an untrained SAE's decoder is random directions: it is as stable as the null
                 if c["kind"] == "untrained":
                     c |= recurring["nulls"].get(f"{c['architecture']}-{c['d_sae']}-{c['site']}", {})
-        choice = choose(table, self.gate, controls, self.waiver)
-        table["pareto"] = table["sae_id"].isin(pareto_front(table[table["status"] == "completed"]))
+        return table, controls, evidence
+
+    def _judge(self, made: Made, table: pd.DataFrame, controls: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The content of decision.json. Adds `pareto` and `passes_gate` to the table."""
+        sites = list(made.store.manifest["sites"])
+        choice = choose(table, self.gate, controls, self.waiver, self._paired(made).difference, sites)
+        table["pareto"] = table["sae_id"].isin(choice.front)
         table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))
-        test = None
-        if choice.chosen is not None:
-            tested = self.evaluation("test", saes, store, tokens, model, only=[choice.chosen])
-            row = table.set_index("sae_id").loc[choice.chosen]
-            kept = row[["site", "d_sae", "expansion_factor", "dead_fraction"]]
-            kept = pd.concat([kept, row[[name for name in row.index if name.startswith("stability_")]]])
-            test = {**kept, **tested.manifest["metrics"][choice.chosen]}
-        decision = decide(self.gate, str(self.config.gate), choice, controls, test, self.waiver, self.basis)
-        lead = choice.chosen or choice.closest
+        rows = {str(row["sae_id"]): row for row in table.to_dict("records")}
+        tests, looks = dict[str, dict[str, Any]](), None
+        if choice.chosen:
+            what = {"run": self.identity(), "saes": choice.chosen}
+            looks = look(self.root, made.records.path.name, "choice", self.directory.name, what)
+            tested = self.evaluation("test", made.saes, made.store, made.tokens, made.model, only=choice.chosen)
+            for i in choice.chosen:
+                carried = {n: value for n, value in rows[i].items() if n == "site" or split_of(n, "test") != "test"}
+                tests[i] = {**carried, **tested.manifest["metrics"][i]}
+        validation = {i: rows[i] for i in choice.chosen}
+        return decide(
+            self.gate, str(self.config.gate), choice, controls, tests, self.waiver, self.basis, validation, looks
+        )  # fmt: skip
+
+    def _paired(self, made: Made) -> Any:
+        """The SAEs as they were measured on the validation split, any two of which can be subtracted."""
+        from raysae.evaluate.fidelity import Paired
+
+        e, names = self.config.evaluation, names_of(blocks_of(made.tokens, "validation"))
+        roots = [root for site in made.store.manifest["sites"] if (root := made.validation.path / site).is_dir()]
+        return Paired.read(
+            roots, names, made.validation.manifest["metrics"], e.bootstrap, e.confidence, self.config.seed
+        )
+
+    def _about_lead(self, made: Made, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[tuple[str, Stage]]:
+        """What is measured of the chosen SAE, or the closest, alone: stages, each with its folder of the run."""
+        evidence: list[tuple[str, Stage]] = []
+        saes, tokens, records, store, model = made.saes, made.tokens, made.records, made.store, made.model
+        lead = decision["chosen"] or decision["closest"]
+        leads = [c["chosen"] or c["closest"] for c in decision["choices"].values()]
         if lead is not None:
             of_lead = table.set_index("sae_id", drop=False).loc[lead]
             site = str(of_lead["site"])
-            if away:
+            if made.away:
                 ids = alike(table[table["status"] == "completed"], of_lead)["sae_id"]
                 ids = [lead, *(str(i) for i in ids if i != lead)]
-                evidence.append(("", self.transfer(saes, validation, tokens, model, ids, site, away)))
+                evidence.append(("", self.transfer(saes, made.validation, tokens, model, ids, site, made.away)))
             if self.config.evaluation.invariance:
                 evidence.append(("", self.invariance(saes, records, tokens, model, lead, site)))
             if self.config.probes.labels:
-                other = controlled[1] if len(controlled) > 1 else None
+                if self.config.probes.split == "test":
+                    what = {"run": self.identity(), "saes": [lead]}
+                    look(self.root, records.path.name, "probes", self.directory.name, what)
+                other = made.controlled[1] if len(made.controlled) > 1 else None
                 evidence.append(("probes", self.probes(lead, site, saes, records, store, other)))
         completed = table[table["status"] == "completed"].set_index("sae_id")["site"]
         which = self.config.evaluation.features
-        for i in completed.index if which == "all" else [lead] if which == "chosen" and lead else []:
+        for i in completed.index if which == "all" else filter(None, leads) if which == "chosen" else []:
             of_latents = self.features(i, completed[i], saes, store, tokens, records, model)
             evidence.append((f"saes/{i}/features", of_latents))
+        return evidence
 
+    def _write(
+        self, made: Made, table: pd.DataFrame, decision: Mapping[str, Any], evidence: Sequence[tuple[str, Stage]]
+    ) -> Run:
+        """The run's directory."""
+        saes, store, metrics = made.saes, made.store, made.validation.manifest["metrics"]
         directory, ledger = self.directory, self._ledger()
         directory.mkdir(parents=True, exist_ok=True)
         there = Run(directory)
@@ -173,20 +227,24 @@ class Flow(Evidence):
         write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
         write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
         link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
-        for folder, made in evidence:
-            for file in sorted({*made.path.glob("*.json*"), *made.path.glob("*.parquet")} - {made.path / MANIFEST}):
+        for folder, part in evidence:
+            for file in sorted({*part.path.glob("*.json*"), *part.path.glob("*.parquet")} - {part.path / MANIFEST}):
                 link_or_copy(file, directory / folder / file.name)
-        for sae_id in completed.index:
+        for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
             link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
             write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
-        for made, _, _ in controlled:
-            if (made.path / "saes").is_dir():
-                link_or_copy(made.path / "saes", directory / "nulls")
+        for nulls, _, _ in made.controlled:
+            if (nulls.path / "saes").is_dir():
+                link_or_copy(nulls.path / "saes", directory / "nulls")
         (directory / "tune").unlink(missing_ok=True)
         (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
         write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
-        nulls = [(name, found, read) for made, read, _ in controlled for name, found in made.manifest["nulls"].items()]
-        write_json(directory / "nulls.json", {name: {**found, "store": read.path.name} for name, found, read in nulls})
+        null_facts = [
+            (name, found, read) for n, read, _ in made.controlled for name, found in n.manifest["nulls"].items()
+        ]
+        write_json(
+            directory / "nulls.json", {name: {**found, "store": read.path.name} for name, found, read in null_facts}
+        )
         write_json(directory / "environment.json", environment())
         write_json(directory / "ledger.json", ledger)
         write_json(directory / "decision.json", decision)

@@ -50,8 +50,15 @@ def _interrupted(caught: list[int]) -> int:
 
 
 def verdict(run: Run) -> str:
-    """The decision, and below it what was waived."""
-    lines = [f"{run.decision['verdict'].upper()}: {run.decision['reason']}", in_words(run.decision)]
+    """The decision, and below it what was traded at each site and what was waived."""
+    lines: list[str | None] = [f"{run.decision['verdict'].upper()}: {run.decision['reason']}"]
+    for site, choice in (run.decision.get("choices") or {}).items():
+        if choice["chosen"]:
+            score, second = choice["score"], choice["runner_up"]
+            on_test = f"; on test {score['test']['in_words']}" if score["test"] else ""
+            lines.append(f"{site}: {choice['chosen']}, {choice['candidates'][0]['in_words']}{on_test}")
+            lines.append(f"  runner-up {second['sae_id']}: {second['why']}" if second else None)
+    lines.append(in_words(run.decision))
     return "\n".join(line for line in lines if line)
 
 

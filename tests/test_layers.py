@@ -18,6 +18,7 @@ LAYERS = (
     "evaluate",
     "gates",
     "report",
+    "looks",
     "run",
     "job",
     "schedule",

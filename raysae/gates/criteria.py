@@ -94,6 +94,47 @@ class Assumption(Section):
     """What would show that it is wrong: a number of the run, a test, or that nothing does yet."""
 
 
+class Unmeasured(Section):
+    """Something that the phase is about and that no criterion measures yet."""
+
+    subject: Annotated[str, Field(min_length=1)]
+    """What is not measured, in words."""
+    why: Annotated[str, Field(min_length=1)]
+    """Why it is not, or what says that it matters."""
+    mandatory: bool = True
+    """Whether the phase cannot be a go without it: its verdict is then `incomplete`."""
+
+
+class Choose(Section):
+    """Which of the SAEs that pass is handed over, at each site."""
+
+    rule: Literal["knee", "sparsest", "most_faithful", "matched_l0"] = "knee"
+    """knee: the least error · L0^a; sparsest: the least L0; most_faithful: the least error; matched_l0: the least error of
+    those at an L0."""
+    error: Literal["fvu", "ce_delta"] = "fvu"
+    """What is traded against L0."""
+    a: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Exponent of the knee: twice the L0 must divide the error by at least 2^a."""
+    matched_l0: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The L0 of the rule matched_l0, to 10 %."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        """`sparsest` for {rule: sparsest}, and {matched_l0: 32} for {rule: matched_l0, matched_l0: 32}."""
+        if isinstance(given, str):
+            return {"rule": given}
+        if isinstance(given, Mapping) and given.get("matched_l0") is not None:
+            return {"rule": "matched_l0", **given}
+        return given
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Choose:
+        if (self.rule == "matched_l0") != (self.matched_l0 is not None):
+            raise ValueError("choose: the rule matched_l0 and its number go together, such as choose: {matched_l0: 32}")
+        return self
+
+
 class Gate(Section):
     """A phase's gate: every mandatory criterion must hold."""
 
@@ -101,12 +142,16 @@ class Gate(Section):
     """Name of the gate, such as the phase."""
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1)]
     """What must hold."""
+    choose: Choose = Choose()
+    """Which of those that pass is chosen."""
+    unmeasured: tuple[Unmeasured, ...] = ()
+    """What the phase is about and nothing here measures: a gate with a mandatory one says incomplete in place of go."""
     assumptions: tuple[Assumption, ...] = ()
     """What is taken for granted; carried into decision.json and the report, and judged by nobody but the reader."""
 
     @model_validator(mode="after")
     def _words_differ(self) -> Gate:
-        words = [c.criterion for c in self.criteria]
+        words = [*(c.criterion for c in self.criteria), *(u.subject for u in self.unmeasured)]
         if len(set(words)) < len(words):
             raise ValueError(
                 f"criteria must differ in their words, got {words}: waivers and reports name them by these"

@@ -1,10 +1,9 @@
-"""Which SAE, and why not the others: constraints first, then the Pareto front of FVU against L0, then the sparsest, or a
-smaller one that the noise of the seeds cannot tell from it."""
+"""Which SAE of each site, and why not the others: the gate first, then the trade that its `choose` states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -12,30 +11,48 @@ from typing import Any
 import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
+from raysae.gates import trade
 from raysae.gates.criteria import Gate, Verdict, apply, kind_of, passes
+from raysae.gates.trade import Candidate, Difference
 from raysae.gates.waivers import Waiver
-from raysae.sweep.collect import alike
+from raysae.sweep.collect import CONFIGURATION
 
-RULE = (
-    "Among the SAEs that meet every mandatory criterion on the validation split (but for waived ones), those on the Pareto "
-    "front of FVU against L0 (at one site, no other of them has both lower); of these the one with the lowest L0, then the "
-    "smallest. Where its configuration was trained with several seeds: the smallest SAE that passes at its site and has "
-    "neither FVU nor L0 higher than it by more than their standard deviation over these seeds. The choice is measured once "
-    "on the test split, and must meet the criteria there as well."
-)
+TRAINING, CONFIG = "training", "config"
+OTHERWISE = {"dead_fraction": TRAINING, "d_sae": CONFIG, "expansion_factor": CONFIG}
+"""Metrics that are of no split."""
+BEST_FIRST = ("go", "incomplete", "no-go")
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """The outcome at one site, on the validation split."""
+
+    ranked: list[Candidate]
+    """Configurations that pass, the chosen one first, the runner-up second."""
+    ties: dict[str, str]
+    """Why a candidate cannot be told from the chosen one, by sae_id."""
+    closest: str | None
+    """The SAE that misses least, where none passes."""
+
+    @property
+    def chosen(self) -> str | None:
+        return self.ranked[0].sae_id if self.ranked else None
 
 
 @dataclass(frozen=True)
 class Choice:
     """The outcome on the validation split."""
 
-    chosen: str | None
-    closest: str | None
-    """The SAE that misses least, where none passes."""
+    sites: dict[str, SiteChoice]
     front: list[str]
     verdicts: dict[str, list[Verdict]]
     rejected: dict[str, list[str]]
     """Why each other SAE was not chosen."""
+
+    @property
+    def chosen(self) -> list[str]:
+        """One SAE of each site that has one."""
+        return [s.chosen for s in self.sites.values() if s.chosen is not None]
 
 
 def pareto_front(table: pd.DataFrame) -> list[str]:
@@ -55,44 +72,85 @@ def choose(
     gate: Gate,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     waiver: Waiver | None = None,
+    difference: Difference = lambda a, b, of: None,
+    sites: Sequence[str] = (),
 ) -> Choice:
-    """Apply `gate` to each completed SAE of the table and choose by `RULE`; controls as in `criteria.apply`."""
+    """Apply `gate` to each completed SAE of the table, and at each site rank those that pass by its `choose`.
+
+    controls as in `criteria.apply`. difference: tells it from noise where there is one seed. sites:
+    their order; those of the table, where none are given.
+    """
     rows = {str(row["sae_id"]): row for row in table.to_dict("records")}
     completed = table[table["status"] == "completed"]
     waived = waiver.criteria if waiver else ()
     verdicts = {str(i): apply(gate, rows[str(i)], controls, waived) for i in completed["sae_id"]}
-    passing = completed[completed["sae_id"].map(lambda i: passes(verdicts[i])).astype(bool)]
-    candidates = pareto_front(passing)
-    key = {i: (rows[i]["l0"], rows[i]["d_sae"], rows[i]["fvu"]) for i in candidates}
-    sparsest = min(candidates, key=lambda i: key[i], default=None)
-    rejected = {i: _reasons(i, rows[i], verdicts.get(i), candidates, sparsest, rows) for i in rows}
-    chosen = closest = None
-    if sparsest is not None:
-        noise = seed_noise(completed, rows[sparsest])
-        chosen = _smallest(passing, rows[sparsest], noise)
-        if chosen != sparsest:
-            rejected[sparsest] = [
-                f"passes, but {chosen} is smaller (d_sae {rows[chosen]['d_sae']}, not {rows[sparsest]['d_sae']}) and worse "
-                f"by no more than seeds differ (standard deviation {noise['fvu']:.2g} in FVU, {noise['l0']:.2g} in L0)"
-            ]
-        del rejected[chosen]
-    elif verdicts:
-        closest = min(verdicts, key=lambda i: _miss(verdicts[i]))
-    return Choice(chosen, closest, pareto_front(completed), verdicts, rejected)
+    rejected = {i: _rejected(rows[i], verdicts.get(i)) for i in rows}
+    outcomes = {}
+    for site in sites or sorted(table["site"].dropna().unique()):
+        here = completed[completed["site"] == site]
+        candidates = _candidates(here, gate, verdicts, rejected)
+        tied = trade.noise(gate.choose, difference)
+        ranked = trade.rank(candidates, tied)
+        closest, ties = None, dict[str, str]()
+        if not ranked:
+            closest = min(map(str, here["sae_id"]), key=lambda i: _miss(verdicts[i]), default=None)
+        for other in ranked[1:]:
+            ties[other.sae_id] = _tie(ranked[0], other, tied)
+            rejected[other.sae_id] = [f"passes, but {_why_not(gate, ranked[0], other, ties[other.sae_id])}"]
+        if ranked:
+            del rejected[ranked[0].sae_id]
+        outcomes[str(site)] = SiteChoice(ranked, ties, closest)
+    return Choice(outcomes, pareto_front(completed), verdicts, rejected)
 
 
-def seed_noise(completed: pd.DataFrame, row: Mapping[str, Any]) -> dict[str, float]:
-    """Standard deviation (n - 1) of FVU and L0 over the seeds of a row's configuration; 0 where there is only one."""
-    same = alike(completed, row)
-    return {metric: float(same[metric].std()) if same[metric].count() > 1 else 0.0 for metric in ("fvu", "l0")}
+def _candidates(
+    here: pd.DataFrame, gate: Gate, verdicts: Mapping[str, list[Verdict]], rejected: dict[str, list[str]]
+) -> list[Candidate]:
+    """The configurations of a site of which at least half of the seeds pass; of the other SAEs that pass, the reasons."""
+
+    def failed(sae_id: str) -> int:
+        return sum(v.verdict == "fail" for v in verdicts[sae_id])
+
+    candidates = []
+    for _, seeds in here.groupby([name for name in CONFIGURATION if name in here], dropna=False, sort=True):
+        passing = [str(i) for i in seeds["sae_id"] if passes(verdicts[str(i)])]
+        if not passing:
+            continue
+        if not trade.scores(gate.choose, seeds).map(math.isfinite).all(axis=None):
+            reason = f"passes, but its L0 or {trade.ERRORS[gate.choose.error]} was not measured"
+        elif 2 * len(passing) < len(seeds):
+            reason = f"passes, but {len(seeds) - len(passing)} of the {len(seeds)} seeds of its configuration do not"
+        else:
+            found = trade.candidate(gate.choose, seeds, set(passing), failed)
+            candidates.append(found)
+            reason = f"passes, but {found.sae_id} stands for its configuration: nearer to the mean of its seeds"
+        rejected |= {i: [reason] for i in passing}
+    return candidates
 
 
-def _smallest(passing: pd.DataFrame, best: Mapping[str, Any], noise: Mapping[str, float]) -> str:
-    """The smallest SAE at the site of `best` that is worse than it by no more than the noise; of equals, the sparsest."""
-    alike = passing[passing["site"] == best["site"]]
-    for metric, deviation in noise.items():
-        alike = alike[alike[metric] <= best[metric] + deviation]
-    return str(alike.sort_values(["d_sae", "l0", "fvu"], kind="stable")["sae_id"].iloc[0])
+def _tie(best: Candidate, other: Candidate, tied: trade.Tied) -> str:
+    """Why `other` cannot be told from `best`; empty where a score tells them apart."""
+    words = ""
+    for k in range(len(best.scores)):
+        first, second = (best, other) if best.scores[k] <= other.scores[k] else (other, best)
+        words = tied(first, second, k)
+        if not words:
+            break
+    return words
+
+
+def _why_not(gate: Gate, best: Candidate, other: Candidate, tie: str) -> str:
+    """Why `other` is not chosen, in words; `tie` why a score does not tell."""
+    against = trade.against(gate.choose, best, other)
+    if not tie:
+        return f"{best.sae_id} is better: {trade.candidate_in_words(gate.choose, other)}; {against}"
+    if other.failed != best.failed:
+        settled = f"{best.sae_id} fails fewer advisory criteria ({best.failed}, not {other.failed})"
+    elif other.d_sae != best.d_sae:
+        settled = f"{best.sae_id} is smaller (d_sae {best.d_sae}, not {other.d_sae})"
+    else:
+        settled = f"{best.sae_id} scores less, as good and as small"
+    return f"{settled}; {trade.name(gate.choose)} is a tie ({tie})"
 
 
 def _miss(verdicts: list[Verdict]) -> tuple[int, float]:
@@ -104,28 +162,14 @@ def _missed(verdicts: list[Verdict]) -> list[str]:
     return [v.reason for v in verdicts if v.stops]
 
 
-def _reasons(
-    sae_id: str,
-    row: Mapping[str, Any],
-    verdicts: list[Verdict] | None,
-    candidates: list[str],
-    sparsest: str | None,
-    rows: Mapping[str, Mapping[str, Any]],
-) -> list[str]:
+def _rejected(row: Mapping[str, Any], verdicts: list[Verdict] | None) -> list[str]:
     if verdicts is None:
         return [": ".join(str(part) for part in (row["status"], row["status_reason"]) if part)]
-    if not passes(verdicts):
-        return _missed(verdicts)
-    if not (math.isfinite(row["l0"]) and math.isfinite(row["fvu"])) or sparsest is None:
-        return ["passes, but its L0 or FVU was not measured"]
-    if sae_id not in candidates:
-        for peer in candidates:
-            p = rows[peer]
-            if p["site"] == row["site"] and p["l0"] <= row["l0"] and p["fvu"] <= row["fvu"]:
-                return [f"passes, but {peer} has both lower L0 ({p['l0']:.4g}) and lower FVU ({p['fvu']:.4g})"]
-    if rows[sparsest]["l0"] == row["l0"]:
-        return [f"passes, but {sparsest} is as sparse and smaller, or as small and more faithful"]
-    return [f"passes, but {sparsest} is sparser (L0 {rows[sparsest]['l0']:.4g} against {row['l0']:.4g})"]
+    return _missed(verdicts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The decision
 
 
 def decide(
@@ -133,9 +177,11 @@ def decide(
     gate_path: str,
     choice: Choice,
     controls: Mapping[str, Mapping[str, Any]],
-    test: Mapping[str, Any] | None,
+    tests: Mapping[str, Mapping[str, Any]],
     waiver: Waiver | None = None,
     basis: Mapping[str, Any] | None = None,
+    validation: Mapping[str, Mapping[str, Any]] | None = None,
+    looks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The content of decision.json.
 
@@ -145,8 +191,11 @@ def decide(
     were measured on other activations, perhaps easier ones, so that they pass says nothing against the SAE, only what the
     gate does not show; the reason then says so.
 
-    test: the chosen SAE's metrics on the test split. basis: the earlier run that this one builds on, as `read_basis` gives
-    it.
+    tests, validation: the chosen SAEs' metrics on the two splits, by id. basis: the earlier run that this one builds on, as
+    `read_basis` gives it. looks: how often the test rows were looked at, as `looks.look` gives it.
+
+    `choices` holds the outcome of each site. At the top (`chosen`, `closest`, `criteria`, `test`) stands the main one: the
+    first site that is a go, else the first with a choice, else the one whose closest misses least.
     """
     waived = waiver.criteria if waiver else ()
     controls_seen = {
@@ -154,44 +203,52 @@ def decide(
     }
     passing = [i for i, seen in controls_seen.items() if seen["passes_gate"]]
     void = [i for i in passing if kind_of(i) != ELSEWHERE]
-    on_test = apply(gate, test, controls, waived) if test is not None else []
-    shown = choice.chosen or choice.closest
-    if choice.chosen is None:
-        reason = "No SAE passes the gate. "
-        missed = "; ".join(_missed(choice.verdicts[shown])) if shown else ""
-        reason += f"Closest is {shown}: {missed}." if shown else "None finished its training."
-    elif void:
-        beat = f", or ask it to be beaten (must_beat: {kind_of(void[0])})" if kind_of(void[0]) else ""
-        reason = f"The gate is void: the null {void[0]} passes it. Tighten {gate_path}{beat}."
-    elif test is None:
-        reason = f"{choice.chosen} passes on the validation split but was not measured on the test split."
-    elif not passes(on_test):
-        missed = "; ".join(_missed(on_test))
-        reason = f"{choice.chosen} passes on the validation split but not on the test split: {missed}."
-    else:
-        spared = any(v.verdict == "waived" for v in [*choice.verdicts[choice.chosen], *on_test])
-        reason = (
-            f"{choice.chosen} meets every mandatory criterion{' that is not waived' if spared else ''} on the validation "
-            "split and on the untouched test split."
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    choices, order = dict[str, dict[str, Any]](), dict[str, tuple]()
+    for site, outcome in choice.sites.items():
+        test = tests.get(outcome.chosen or "")
+        on_test = apply(gate, test, controls, waived) if test is not None else []
+        verdict, reason = _verdict(gate, gate_path, choice, outcome, void, test, on_test, waived)
+        shown = outcome.chosen or outcome.closest
+        choices[site] = {
+            "verdict": verdict,
+            "reason": reason,
+            "chosen": outcome.chosen,
+            "closest": outcome.closest,
+            **_defence(gate, outcome, (validation or {}).get(outcome.chosen or ""), test),
+            "criteria": _records(choice.verdicts[shown], "validation", "table.parquet", now) if shown else [],
+            "test": {"metrics": dict(test), "criteria": _records(on_test, "test", "decision.json", now)}
+            if test is not None
+            else None,
+        }
+        missed = _miss(choice.verdicts[outcome.closest]) if outcome.closest else (0, 0.0)
+        order[site] = (BEST_FIRST.index(verdict), outcome.chosen is None, shown is None, missed)
+    main = choices[min(order, key=order.__getitem__)] if order else _NOTHING
+    reason = main["reason"]
+    if len(choices) > 1:
+        count = sum(c["verdict"] == main["verdict"] for c in choices.values())
+        reason = " ".join(
+            [f"{main['verdict']} at {count} of {len(choices)} sites."]
+            + [f"{site}: {c['verdict']}. {c['reason']}" for site, c in choices.items()]
         )
     for name in (i for i in passing if i not in void):
         reason += f" {name} passes the gate as well: nothing in it depends on what the model has learnt."
-    go = choice.chosen is not None and not void and test is not None and passes(on_test)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
-        "verdict": "go" if go else "no-go",
+        "verdict": main["verdict"],
         "reason": reason,
         "gate": {"name": gate.name, "path": gate_path},
         "basis": dict(basis) if basis else None,
         "waiver": waiver.model_dump(mode="json") if waiver else None,
         "assumptions": [a.model_dump() for a in gate.assumptions],
-        "selection": RULE,
-        "chosen": choice.chosen,
-        "closest": choice.closest,
-        "criteria": _records(choice.verdicts[shown], "table.parquet", now) if shown else [],
-        "test": {"metrics": dict(test), "criteria": _records(on_test, "decision.json", now)}
-        if test is not None
-        else None,
+        "unmeasured": [{**u.model_dump(), "waived": u.subject in waived} for u in gate.unmeasured],
+        "choose": gate.choose.model_dump(),
+        "selection": trade.rule_in_words(gate.choose),
+        "chosen": main["chosen"],
+        "closest": main["closest"],
+        "choices": choices,
+        "looks": dict(looks) if looks else None,
+        "criteria": main["criteria"],
+        "test": main["test"],
         "controls": controls_seen,
         "pareto": choice.front,
         "rejected": choice.rejected,
@@ -199,6 +256,104 @@ def decide(
     }
 
 
-def _records(verdicts: list[Verdict], evidence_path: str, decided_at: str) -> list[dict[str, Any]]:
-    """Verdicts as gate records, each with the file of the run that holds its metrics."""
-    return [{**v.record(), "evidence_path": evidence_path, "decided_at": decided_at} for v in verdicts]
+_NOTHING: dict[str, Any] = {
+    "verdict": "no-go", "reason": "No SAE was trained.", "chosen": None, "closest": None, "criteria": [], "test": None
+}  # fmt: skip
+
+
+def _verdict(
+    gate: Gate, gate_path: str, choice: Choice, outcome: SiteChoice, void: list[str], test: Mapping[str, Any] | None,
+    on_test: list[Verdict], waived: Collection[str],
+) -> tuple[str, str]:  # fmt: skip
+    """The verdict at a site, and its reason."""
+    chosen = outcome.chosen
+    if chosen is None:
+        reason = "No SAE passes the gate. "
+        if outcome.closest:
+            return (
+                "no-go",
+                f"{reason}Closest is {outcome.closest}: {'; '.join(_missed(choice.verdicts[outcome.closest]))}.",
+            )
+        return "no-go", f"{reason}None finished its training{_stopped(choice)}."
+    if void:
+        beat = f", or ask it to be beaten (must_beat: {kind_of(void[0])})" if kind_of(void[0]) else ""
+        return "no-go", f"The gate is void: the null {void[0]} passes it. Tighten {gate_path}{beat}."
+    if test is None:
+        return "no-go", f"{chosen} passes on the validation split but was not measured on the test split."
+    if not passes(on_test):
+        missed = "; ".join(_missed(on_test))
+        return "no-go", f"{chosen} passes on the validation split but not on the test split: {missed}."
+    spared = any(v.verdict == "waived" for v in [*choice.verdicts[chosen], *on_test])
+    carried = {v.metric: split_of(v.metric, "test") for v in on_test}
+    again = ", ".join(f"{metric} (of {split})" for metric, split in carried.items() if split != "test")
+    reason = (
+        f"{chosen} meets every mandatory criterion{' that is not waived' if spared else ''} on the validation split and "
+        f"on the test split{f', where {again} is not measured again' if again else ''}."
+    )
+    missing = [u.subject for u in gate.unmeasured if u.mandatory and u.subject not in waived]
+    if missing:
+        return "incomplete", f"{reason} But what the gate is about is not measured: {'; '.join(missing)}."
+    return "go", reason
+
+
+def _stopped(choice: Choice) -> str:
+    """How SAEs ended that did not finish, with the reasons, the most frequent first."""
+    reasons = pd.Series([reason for of in choice.rejected.values() for reason in of]).value_counts()
+    said = [f"{count} {reason}" for reason, count in reasons.items()]
+    return ": " + "; ".join(said[:3] + [f"{len(said) - 3} more reasons"] * (len(said) > 3)) if said else ""
+
+
+def _defence(
+    gate: Gate, outcome: SiteChoice, validation: Mapping[str, Any] | None, test: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What was traded for what: the candidates with their scores in words, the runner-up, both splits side by side."""
+    rule, ranked = gate.choose, outcome.ranked
+    splits = {"validation": validation, "test": test}
+    return {
+        "score": {
+            "name": trade.name(rule),
+            **{split: _score(gate, metrics) if metrics is not None else None for split, metrics in splits.items()},
+        },
+        "traded": trade.traded(rule, ranked[0], ranked) if ranked else [],
+        "runner_up": {
+            "sae_id": ranked[1].sae_id,
+            "why": _why_not(gate, ranked[0], ranked[1], outcome.ties[ranked[1].sae_id]),
+        }
+        if len(ranked) > 1
+        else None,
+        "candidates": [
+            {
+                "sae_id": c.sae_id,
+                "seeds": list(c.saes),
+                "score": c.scores[-1 if rule.rule == "matched_l0" else 0],
+                "in_words": trade.candidate_in_words(rule, c),
+                "failed_advisory": c.failed,
+                "d_sae": c.d_sae,
+                "tie": outcome.ties.get(c.sae_id) or None,
+            }
+            for c in ranked
+        ],
+    }
+
+
+def _score(gate: Gate, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The score of one SAE on one split."""
+    rule = gate.choose
+    if metrics.get("l0") is None or metrics.get(rule.error) is None:
+        return None
+    l0, error = float(metrics["l0"]), float(metrics[rule.error])
+    value = float(trade.shown(rule, pd.DataFrame({"l0": [l0], rule.error: [error]})).iloc[0])
+    return {"value": value, "in_words": trade.score_in_words(rule, l0, error)}
+
+
+def split_of(metric: str, split: str) -> str:
+    """Where the value of a metric is from that stands among those of a split."""
+    return "validation" if metric.startswith("stability_") else OTHERWISE.get(metric, split)
+
+
+def _records(verdicts: list[Verdict], split: str, evidence_path: str, decided_at: str) -> list[dict[str, Any]]:
+    """Verdicts as gate records, each with the split that its value is from and the file of the run that holds it."""
+    return [
+        {**v.record(), "split": split_of(v.metric, split), "evidence_path": evidence_path, "decided_at": decided_at}
+        for v in verdicts
+    ]

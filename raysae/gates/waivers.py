@@ -29,9 +29,9 @@ class Waiver(Section):
     why: Words
     """The reason."""
     criteria: tuple[Words, ...] = ()
-    """Criteria of this run's gate, by their words."""
+    """Criteria and unmeasured subjects of this run's gate, by their words."""
     run: Words | None = None
-    """Name of the basis, an earlier run's folder, whose no-go or missing decision is waived."""
+    """Name of the basis, an earlier run's folder, whose no-go, incomplete or missing decision is waived."""
 
     @model_validator(mode="after")
     def _waives_something(self) -> Waiver:
@@ -46,7 +46,7 @@ def load_waiver(path: Path, gate: Gate, basis: Path | None) -> Waiver:
     The only bound on L0 cannot be waived.
     """
     waiver = validate(Waiver, read_yaml("waiver", path), where=str(path))
-    known = [c.criterion for c in gate.criteria]
+    known = [*(c.criterion for c in gate.criteria), *(u.subject for u in gate.unmeasured)]
     for words in waiver.criteria:
         if words not in known:
             (closest,) = difflib.get_close_matches(words, known, n=1, cutoff=0.0)
@@ -72,9 +72,8 @@ def read_basis(path: Path, waiver: Waiver | None) -> dict[str, Any]:
     decision = read_json(file) if file.is_file() else {}
     verdict = decision.get("verdict")
     if verdict != "go" and (waiver is None or waiver.run != name):
-        what = (
-            f"is a no-go: {decision.get('reason', '')}" if verdict else "has no decision.json: it is no finished run."
-        )
+        said = f"is {'a no-go' if verdict == 'no-go' else verdict}: {decision.get('reason', '')}"
+        what = said if verdict else "has no decision.json: it is no finished run."
         raise UserError(f"basis: {path} {what} To go on regardless, give a waiver with run: {name}")
     return {"path": str(path), "verdict": verdict}
 

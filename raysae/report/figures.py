@@ -11,7 +11,7 @@ import io
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from raysae.gates import trade
+from raysae.gates.criteria import Choose
 from raysae.report.columns import is_number, label, show_threshold
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -59,7 +61,8 @@ def pareto(table: pd.DataFrame, decision: Mapping[str, Any]) -> Figure:
         ordered = part.sort_values("l0")
         axes.plot(ordered["l0"], ordered["fvu"], color=FAINT, linewidth=1.2, zorder=1)
     _marks(axes, table, decision, "l0", "fvu")
-    return _finish(figure, axes, table, decision, "l0", "fvu")
+    iso = _iso(axes, table, decision, "fvu")
+    return _finish(figure, axes, table, decision, "l0", "fvu", more=iso)
 
 
 def against_l0(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) -> Figure:
@@ -67,7 +70,8 @@ def against_l0(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) ->
     figure, axes = _axes("L0: active latents per token (log)", label(metric))
     _log_x(axes)
     _marks(axes, table, decision, "l0", metric)
-    return _finish(figure, axes, table, decision, "l0", metric)
+    iso = _iso(axes, table, decision, metric)
+    return _finish(figure, axes, table, decision, "l0", metric, more=iso)
 
 
 def against_sparsity(table: pd.DataFrame, decision: Mapping[str, Any], knob: str, metric: str) -> Figure:
@@ -169,8 +173,18 @@ def lead(decision: Mapping[str, Any]) -> tuple[str | None, str]:
     """The SAE that the decision is about, and what it is called: the chosen one; a candidate that failed on the test
     split or whose gate is void; or the closest, where none passed."""
     if decision.get("chosen"):
-        return decision["chosen"], "chosen" if decision.get("verdict") == "go" else "candidate"
+        return decision["chosen"], "chosen" if decision.get("verdict") in ("go", "incomplete") else "candidate"
     return decision.get("closest"), "closest"
+
+
+def leads(decision: Mapping[str, Any]) -> dict[str, str]:
+    """The same for each site that has a choice, and for the decision as a whole: what an SAE is called, by id."""
+    found = {}
+    for each in (*(decision.get("choices") or {}).values(), decision):
+        sae_id, role = lead(each)
+        if sae_id and (each.get("chosen") or each is decision):
+            found[sae_id] = role
+    return found
 
 
 def off_scale(table: pd.DataFrame) -> list[str]:
@@ -293,7 +307,7 @@ def _colours(table: pd.DataFrame) -> dict[Any, str]:
 
 def _marks(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str) -> None:
     """One mark per SAE, with interval bars where the table has them; the decision's SAE is ringed."""
-    colours = _colours(table)
+    colours, ringed = _colours(table), leads(decision)
     bars: list[Any] = []
     inks: list[Any] = []
     for row in records(_plotted(table, x, y)):
@@ -317,16 +331,45 @@ def _marks(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str,
             gid=f"sae:{row['sae_id']}",
         )
         axes.add_line(mark)
-        if row["sae_id"] == lead(decision)[0]:
+        if row["sae_id"] in ringed:
             axes.plot([row[x]], [row[y]], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, zorder=5)
     axes.add_collection(LineCollection(bars, colors=inks, linewidths=0.9, zorder=2))
     axes.autoscale_view()
 
 
+def _iso(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], y: str) -> list[Line2D]:
+    """A line through each site's choice of what would have scored as well, if `y` is what was traded; its legend."""
+    if not decision.get("choose"):
+        return []
+    rule, choices = Choose.model_validate(decision["choose"]), decision.get("choices") or {}
+    drawn, chosen = _plotted(table, "l0", y), [c["chosen"] for c in choices.values() if c["chosen"]]
+    rows = [row for row in records(drawn) if row["sae_id"] in chosen]
+    if rule.error != y or not rows:
+        return []
+    style: dict[str, Any] = {
+        "color": INK,
+        "linewidth": 1.1,
+        "linestyle": (0, (5, 2, 1, 2)),
+        "alpha": 0.8,
+        "zorder": 1.4,
+    }
+    for row in rows:
+        line = trade.iso(rule, row)
+        if line is None:  # a rule that looks at L0 first
+            l0 = rule.matched_l0 or row["l0"]
+            axes.add_artist(Line2D([l0, l0], [0, 1], transform=axes.get_xaxis_transform(), **style))
+        else:
+            l0 = np.geomspace(drawn["l0"].min() / 2, drawn["l0"].max() * 2, 100)
+            axes.add_artist(Line2D(l0, line(l0), **style))
+    score = trade.name(rule) if rule.matched_l0 is None else f"L0 {rule.matched_l0:g}"
+    return [Line2D([], [], label=f"equal {score}" if rule.matched_l0 is None else score, **style)]
+
+
 def _finish(
-    figure: Figure, axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str, lines: bool = False
-) -> Figure:
-    """The gate's bounds on these axes, limits that outliers do not set, and the legend."""
+    figure: Figure, axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str, lines: bool = False,
+    more: Sequence[Line2D] = (),
+) -> Figure:  # fmt: skip
+    """The gate's bounds on these axes, limits that outliers do not set, and the legend, with `more` at its end."""
     for is_log, limits, set_limits in (
         (axes.get_xscale() == "log", axes.get_xlim(), axes.set_xlim),
         (axes.get_yscale() == "log", axes.get_ylim(), axes.set_ylim),
@@ -368,6 +411,7 @@ def _finish(
         axes.annotate("no SAE has both numbers", (0.5, 0.5), xycoords="axes fraction", ha="center", color=INK)
     shown = table if lines else _plotted(table, x, y)
     handles = _legend(shown, _colours(table), decision, lines, front=len(axes.lines) > 0 and y == "fvu" and x == "l0")
+    handles += more
     widest = 0.45 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)  # inches, with its sign
     rows = math.ceil(len(handles) * widest / figure.get_figwidth())
     columns = math.ceil(len(handles) / max(rows, 1))

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from raysae.artifacts import read_json_if, write_atomic
 from raysae.errors import UserError
 from raysae.gates.waivers import in_words
-from raysae.report import figures, nulls, probes, risk, sae_page, stability
+from raysae.report import choice, figures, nulls, probes, risk, sae_page, stability
 from raysae.report.budget import budget_rows
 from raysae.report.columns import BY_NAME, COLUMNS, cell, interval, is_number, label, show, show_threshold
 from raysae.sae.architectures import COEFFICIENTS
@@ -63,10 +63,13 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["capitalise"] = lambda text: text[:1].upper() + text[1:]  # Jinja's lowers the rest
     environment.globals.update(show=show, label=label, interval=interval, duration=duration, size=size, plain=_plain)
     shown_criteria = criteria(decision)
+    by_sae = {lead: shown_criteria} if lead else {}
+    by_sae |= {c["chosen"] or c["closest"]: criteria(c) for c in (decision.get("choices") or {}).values()}
     page = environment.get_template("template.html.j2").render(
-        pages=sae_page.write_pages(run_dir, environment, table, curves, decision, shown_criteria),
+        pages=sae_page.write_pages(run_dir, environment, table, curves, decision, by_sae),
         run=run_dir.resolve().name,
         decision=decision,
         waived=in_words(decision),
@@ -75,6 +78,9 @@ def write_report(run_dir: Path) -> Path:
         facts=facts(table, config, store),
         key=key_numbers(table, decision),
         criteria=shown_criteria,
+        sites=choice.sites(decision),
+        leads=figures.leads(decision),
+        looks=choice.looks_in_words(decision),
         null_groups=nulls.groups(decision, table),
         null_metrics=nulls.METRICS,
         probed=probes.read(run_dir),
@@ -155,6 +161,8 @@ def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "mandatory": entry.get("mandatory", True),
                 "why": entry.get("why") or "",
                 "verdict": entry.get("verdict", ""),
+                "split": entry.get("split") or "validation",
+                "test_split": again.get("split") or "test",
                 "test": show(metric, again.get("value")) if again else "",
                 "test_interval": interval(metric, again.get("low"), again.get("high")),
                 "test_verdict": again.get("verdict", ""),
@@ -165,10 +173,10 @@ def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def table_rows(table: pd.DataFrame, decision: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per SAE: the decision's first, then the Pareto front by L0, then the others by FVU."""
-    (lead, _), rejected = figures.lead(decision), decision.get("rejected") or {}
+    leads, rejected = figures.leads(decision), decision.get("rejected") or {}
     order = pd.DataFrame(
         {
-            "lead": table["sae_id"] != lead,
+            "lead": ~table["sae_id"].isin(list(leads)),
             "status": table["status"].map(ORDER).fillna(len(ORDER)),
             "front": ~table["pareto"],
             "by": np.where(table["pareto"], table["l0"], table["fvu"]),
@@ -178,7 +186,7 @@ def table_rows(table: pd.DataFrame, decision: Mapping[str, Any]) -> list[dict[st
     for row in rows:
         reasons = rejected.get(row["sae_id"]) or ()
         row["why_not"] = reasons if isinstance(reasons, str) else "; ".join(map(str, reasons))
-        row["is_lead"] = row["sae_id"] == lead
+        row["role"] = leads.get(row["sae_id"], "")
     return rows
 
 

@@ -42,14 +42,13 @@ MEANINGS = {
 
 def write_pages(
     run_dir: Path, environment: Environment, table: pd.DataFrame, curves: pd.DataFrame | None,
-    decision: Mapping[str, Any], criteria: list[dict[str, Any]],
+    decision: Mapping[str, Any], criteria: Mapping[str, list[dict[str, Any]]],
 ) -> dict[str, str]:  # fmt: skip
     """Write a page for each completed SAE of `table`; their addresses, relative to the run, by sae_id.
 
-    criteria: the gate's, as shown, for the decision's SAE. `features/` beside a page gives it its cards.
+    criteria: the gate's, as shown, for the decision's SAEs. `features/` beside a page gives it its cards.
     """
-    lead, role = figures.lead(decision)
-    pages = {}
+    leads, pages = figures.leads(decision), {}
     for row in figures.records(table[table["status"] == "completed"]):
         sae_id = row["sae_id"]
         if Path(sae_id).name != sae_id:
@@ -63,10 +62,10 @@ def write_pages(
             run=run_dir.resolve().name,
             sae_id=sae_id,
             decision=decision,
-            role=role if sae_id == lead else None,
+            role=leads.get(sae_id),
             row=row,
             reasons=[reasons] if isinstance(reasons, str) else list(map(str, reasons)),
-            criteria=criteria if sae_id == lead else [],
+            criteria=criteria.get(sae_id, []),
             setting=[(label(name), show(name, row[name])) for name in SETTING if _given(row.get(name))],
             metrics=_metrics(row),
             curves=[

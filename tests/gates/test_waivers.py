@@ -73,13 +73,47 @@ def test_a_waiver_is_for_the_run_that_it_names(tmp_path):
         load_waiver(tmp_path / "none.yaml", GATE, None)
 
 
+def test_an_unmeasured_subject_is_waived_by_its_words(tmp_path):
+    gate = Gate.model_validate({**GATE.model_dump(), "unmeasured": [{"subject": "purity of latents", "why": "later"}]})
+    assert load_waiver(waiver_file(tmp_path, criteria=["purity of latents"]), gate, None).criteria == (
+        "purity of latents",
+    )
+    with pytest.raises(UserError, match="did you mean 'purity of latents'"):
+        load_waiver(waiver_file(tmp_path, criteria=["purity of latent"]), gate, None)
+
+
+def test_a_gate_job_shows_every_site(tmp_path, monkeypatch, capsys):
+    criterion = {
+        "criterion": "latents are alive", "metric": "dead_fraction", "op": "<=", "threshold": 0.2, "value": 0.1,
+        "verdict": "pass", "reason": "", "split": "training",
+    }  # fmt: skip
+    score = {"name": "FVU · L0", "validation": None, "test": {"value": 0.4, "in_words": "FVU 0.1 × L0 4 = 0.4"}}
+    choice = {
+        "chosen": "x", "closest": None, "criteria": [criterion], "score": score,
+        "candidates": [{"in_words": "FVU 0.09 × L0 4 = 0.36"}], "runner_up": {"sae_id": "y", "why": "L0 ×2 for FVU ×0.9"},
+    }  # fmt: skip
+    none = {"chosen": None, "closest": "z", "criteria": [{**criterion, "value": None}], "score": score}
+    folder = earlier_run(tmp_path, "go", choices={"blocks.0": choice, "blocks.1": none})
+    assert script("gate.py", folder, monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "blocks.0: x" and shown[1] == "pass    dead_fraction 0.1 <= 0.2  latents are alive, training"
+    assert shown[2] == "blocks.1: z" and "dead_fraction nan" in shown[3] and shown[4].startswith("GO: ")
+    assert shown[5] == "blocks.0: x, FVU 0.09 × L0 4 = 0.36; on test FVU 0.1 × L0 4 = 0.4"
+    assert shown[6] == "  runner-up y: L0 ×2 for FVU ×0.9" and len(shown) == 7
+
+
 def test_a_go_is_a_basis(tmp_path):
     folder = earlier_run(tmp_path, "go")
     assert read_basis(folder, None) == {"path": str(folder), "verdict": "go"}
 
 
 @pytest.mark.parametrize(
-    "verdict,said", [("no-go", "is a no-go: No SAE passes the gate."), (None, "has no decision.json")]
+    "verdict,said",
+    [
+        ("no-go", "is a no-go: No SAE passes the gate."),
+        ("incomplete", "is incomplete: No SAE passes the gate."),
+        (None, "has no decision.json"),
+    ],
 )
 def test_a_no_go_or_no_decision_is_a_basis_only_with_a_waiver_for_it(tmp_path, verdict, said):
     folder = earlier_run(tmp_path, verdict)
@@ -137,7 +171,7 @@ def test_what_is_waived_makes_another_run(tmp_path):
     assert directory(**given) != first
 
 
-@pytest.mark.parametrize("verdict,status", [("go", 0), ("no-go", 3)])
+@pytest.mark.parametrize("verdict,status", [("go", 0), ("no-go", 3), ("incomplete", 3)])
 def test_the_gate_job_prints_waivers_and_keeps_its_status(tmp_path, verdict, status, monkeypatch, capsys):
     waiver = load_waiver(waiver_file(tmp_path, criteria=["latents are alive"]), GATE, None)
     line = "waived: latents are alive, by A. Person, because the width is fixed by a replication"
@@ -148,7 +182,7 @@ def test_the_gate_job_prints_waivers_and_keeps_its_status(tmp_path, verdict, sta
     folder = earlier_run(tmp_path, verdict, criteria=[criterion], waiver=waiver.model_dump(mode="json"))
     assert script("gate.py", folder, monkeypatch=monkeypatch) == status
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("waived") and shown[0].endswith("(dead_fraction nan, must be <= 0.2)")
+    assert shown[0].startswith("waived") and shown[0].endswith(", validation (dead_fraction nan, must be <= 0.2)")
     assert shown[1].startswith(verdict.upper()) and shown[2:] == [line]
     earlier_run(tmp_path, verdict)
     assert script("gate.py", folder, monkeypatch=monkeypatch) == status

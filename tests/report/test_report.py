@@ -341,6 +341,113 @@ def test_waiver_basis_and_what_a_criterion_asks_beyond_its_bound_are_shown(tmp_p
         assert text not in html
 
 
+def with_choice(table: pd.DataFrame) -> dict[str, Any]:
+    """A decision with a choice at the table's site and none at another."""
+    decision = synthetic_decision(table)
+    lead, others = decision["chosen"], [i for i in table.query("passes_gate")["sae_id"] if i != decision["chosen"]]
+    row = table.set_index("sae_id").loc[lead]
+    words = {"failed_advisory": 0, "d_sae": 256, "tie": None}
+    candidates = [
+        {**words, "sae_id": i, "seeds": [i], "score": 0.3, "in_words": f"score of {i}"} for i in [lead, *others]
+    ]
+    candidates[1] |= {"tie": "inside the noise", "seeds": ["a", "b"]}
+    validation, test = (
+        {"value": v, "in_words": f"FVU 0.1 × L0 {v / 0.1:g} = {v}"} for v in (float(row["fvu"] * row["l0"]), 0.31)
+    )
+    choice = {
+        "verdict": "go", "reason": "so", "chosen": lead, "closest": None, "candidates": candidates, "traded": ["<much>."],
+        "runner_up": {"sae_id": others[0], "why": "L0 ×2 for FVU ×0.7"}, "test": decision["test"],
+        "score": {"name": "FVU · L0", "validation": validation, "test": test}, "criteria": decision["criteria"],
+    }  # fmt: skip
+    score = {"name": "FVU · L0", "validation": None, "test": None}
+    none = {
+        **choice,
+        "verdict": "no-go",
+        "chosen": None,
+        "candidates": [],
+        "traded": [],
+        "runner_up": None,
+        "score": score,
+    }
+    splits = {"dead_fraction": "training"}
+    asked = [{**c, "split": splits.get(c["metric"], "validation")} for c in decision["criteria"]]
+    again = {**decision["test"], "criteria": [{**c, "split": splits.get(c["metric"], "test")} for c in asked]}
+    return decision | {
+        "choose": {"rule": "knee", "error": "fvu", "a": 1.0, "matched_l0": None},
+        "choices": {"blocks.2.resid_post": choice, "<site>": {**none, "closest": others[1], "criteria": asked}},
+        "unmeasured": [
+            {"subject": "factors <b>", "why": "none known", "mandatory": True, "waived": False},
+            {"subject": "neurons", "why": "later", "mandatory": False, "waived": False},
+        ],
+        "criteria": asked, "test": again,
+        "looks": {"test_split": "records-0", "number": 3, "earlier": [
+            {"at": "then", "by": by, "run": "<run>"} for by in ("choice", "probes")]},
+    }  # fmt: skip
+
+
+def test_the_choice_defends_itself_with_candidates_runner_up_and_both_splits(tmp_path: Path, html: str) -> None:
+    table = synthetic_table()
+    decision = with_choice(table)
+    lead, second = (c["sae_id"] for c in decision["choices"]["blocks.2.resid_post"]["candidates"][:2])
+    folder = synthetic_run(tmp_path / "r", table, decision)
+    page = write_report(folder).read_text()
+    Page(page)
+    part = page[page.index('id="choice"') : page.index('id="gate"')]
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", part))
+    assert f"Runner-up: {second}. L0 ×2 for FVU ×0.7." in text and "&lt;much&gt;." in text
+    assert re.search(r"= [\d.]+ on validation, by which it was chosen .* FVU 0\.1 × L0 3\.1 = 0\.31 on test", text)
+    assert f"{lead} score of {lead} 0 256 chosen" in text and f"{second} of 2 seeds" in text
+    assert "runner-up tie: inside the noise" in text and "&lt;site&gt;: no-go" in part
+    assert "look 3 at these test rows" in page and "choice of &lt;run&gt;, probes of &lt;run&gt;" in page
+    assert 'href="#choice"' in page and 'id="choice"' not in html and "look " not in html
+
+    gate = page[page.index('id="gate"') : page.index('id="plots"')]
+    rows = {re.sub(r"<[^>]+>|\s", "", row.partition("</th>")[0]): row for row in gate.split('<tr><th scope="row">')}
+    dead = next(row for name, row in rows.items() if name.startswith("alive"))
+    assert dead.count("<small>training</small>") == 2 and "<small>validation</small>" not in dead
+    assert "factors &lt;b&gt;" in gate and "✗ mandatory" in gate and "advisory" in gate
+
+    other = decision["choices"]["<site>"]["closest"]
+    assert "The gate" in (folder / "saes" / other / "index.html").read_text(), "of every site's SAE"
+    marks = figures.pareto(table, decision).axes[0].lines
+    assert sum(line.get_markersize() == 13 for line in marks) == 1
+
+
+def test_the_line_of_equal_score_goes_through_the_choice() -> None:
+    table = synthetic_table()
+    decision = with_choice(table)
+    row = table.set_index("sae_id").loc[decision["chosen"]]
+
+    def lines(rule: dict[str, Any], figure: Any) -> list[Any]:
+        axes = figure(table, decision | {"choose": {**decision["choose"], **rule}}).axes[0]
+        return [line for line in axes.lines if line.get_linestyle() == "--" and len(line.get_xdata()) > 1]
+
+    def through(line: Any, error: str) -> bool:
+        x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+        return bool(np.isclose(np.exp(np.interp(np.log(row["l0"]), np.log(x), np.log(y))), row[error], rtol=1e-3))
+
+    def by_ce(table: pd.DataFrame, decision: dict[str, Any]) -> Any:
+        return figures.against_l0(table, decision, "ce_delta")
+
+    limits = figures.pareto(table, decision | {"choose": None}).axes[0].get_ylim()
+    assert figures.pareto(table, decision).axes[0].get_ylim() == limits, "the line does not set the scale"
+    for rule, figure, error in (
+        ({}, figures.pareto, "fvu"), ({"a": 0.5}, figures.pareto, "fvu"),
+        ({"rule": "most_faithful"}, figures.pareto, "fvu"), ({"error": "ce_delta"}, by_ce, "ce_delta"),
+    ):  # fmt: skip
+        assert any(through(line, error) for line in lines(rule, figure) if len(line.get_xdata()) == 100)
+    for rule, at in (({"rule": "sparsest"}, row["l0"]), ({"rule": "matched_l0", "matched_l0": 7.0}, 7.0)):
+        assert any(list(line.get_xdata()) == [at, at] for line in lines(rule, figures.pareto))
+    assert len(lines({"error": "ce_delta"}, figures.pareto)) < len(lines({}, figures.pareto))
+
+
+def test_an_incomplete_verdict_is_no_go_in_disguise(tmp_path: Path) -> None:
+    table = synthetic_table()
+    decision = with_choice(table) | {"verdict": "incomplete"}
+    page = write_report(synthetic_run(tmp_path / "r", table, decision)).read_text()
+    assert f"Incomplete. Chosen: {decision['chosen']}" in page and 'class="decision incomplete"' in page
+
+
 def test_stability_transfer_and_risk_stand_beside_their_nulls(tmp_path: Path, html: str) -> None:
     folder = evidence_run(tmp_path / "evidence")
     page = write_report(folder).read_text()
