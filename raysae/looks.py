@@ -13,12 +13,15 @@ from typing import Any
 from filelock import FileLock
 
 from raysae.artifacts import fingerprint, read_json, write_json
+from raysae.errors import Damaged
 
 
 def look(root: Path, records: str, by: str, run: str, what: Any) -> dict[str, Any]:
     """Count a look at the test split of the stage `records`, once for the same `what`; returns how many there were.
 
     by: `choice` or `probes`. run: name of the run's folder. what: what was looked at: a run's identity and its SAEs.
+
+    Raises Damaged for a file that is no such ledger.
 
     Returns `test_split` (the records), `number` of this look, and `earlier`, the looks before it (at, by, run).
     """
@@ -27,7 +30,9 @@ def look(root: Path, records: str, by: str, run: str, what: Any) -> dict[str, An
     key = fingerprint({"by": by, "what": what})
     (root / "stages" / ".locks").mkdir(parents=True, exist_ok=True)
     with FileLock(root / "stages" / ".locks" / f"looks-{records}"):
-        seen: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+        seen: list[dict[str, Any]] = read_json(file, list) if file.is_file() else []
+        if not all(isinstance(entry, dict) and {"at", "by", "run", "what"} <= entry.keys() for entry in seen):
+            raise Damaged(file, "is no ledger of looks", "delete it, and looks are counted anew")
         keys = [entry["what"] for entry in seen]
         if key not in keys:
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
