@@ -167,7 +167,7 @@ class Flow(Evidence):
             looks = look(self.root, made.records.path.name, "choice", self.directory.name, what)
             tested = self.evaluation("test", made.saes, made.store, made.tokens, made.model, only=choice.chosen)
             for i in choice.chosen:
-                carried = {n: value for n, value in rows[i].items() if n == "site" or split_of(n, "test") != "test"}
+                carried = {n: v for n, v in rows[i].items() if n in ("sae_id", "site") or split_of(n, "test") != "test"}
                 tests[i] = {**carried, **tested.manifest["metrics"][i]}
         validation = {i: rows[i] for i in choice.chosen}
         return decide(

@@ -12,13 +12,13 @@ import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.gates import trade
-from raysae.gates.criteria import Gate, Verdict, apply, kind_of, passes
-from raysae.gates.trade import Candidate, Difference
+from raysae.gates.criteria import Difference, Gate, Verdict, apply, kind_of, passes
+from raysae.gates.trade import Candidate, Subtract
 from raysae.gates.waivers import Waiver
 from raysae.sweep.collect import CONFIGURATION
 
 TRAINING, CONFIG = "training", "config"
-OTHERWISE = {"dead_fraction": TRAINING, "d_sae": CONFIG, "expansion_factor": CONFIG}
+OTHERWISE = {"dead_fraction": TRAINING, "d_in": CONFIG, "d_sae": CONFIG, "expansion_factor": CONFIG}
 """Metrics that are of no split."""
 BEST_FIRST = ("go", "incomplete", "no-go")
 
@@ -72,24 +72,25 @@ def choose(
     gate: Gate,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     waiver: Waiver | None = None,
-    difference: Difference = lambda a, b, of: None,
+    subtract: Subtract = lambda a, b, of: None,
     sites: Sequence[str] = (),
 ) -> Choice:
     """Apply `gate` to each completed SAE of the table, and at each site rank those that pass by its `choose`.
 
-    controls as in `criteria.apply`. difference: tells it from noise where there is one seed. sites:
-    their order; those of the table, where none are given.
+    controls as in `criteria.apply`. subtract: tells a difference from noise, of an SAE and a null, and of SAEs of
+    one seed. sites: their order; those of the table, where none are given.
     """
     rows = {str(row["sae_id"]): row for row in table.to_dict("records")}
     completed = table[table["status"] == "completed"]
     waived = waiver.criteria if waiver else ()
-    verdicts = {str(i): apply(gate, rows[str(i)], controls, waived) for i in completed["sae_id"]}
+    apart = by_metric(subtract)
+    verdicts = {str(i): apply(gate, rows[str(i)], controls, waived, apart) for i in completed["sae_id"]}
     rejected = {i: _rejected(rows[i], verdicts.get(i)) for i in rows}
     outcomes = {}
     for site in sites or sorted(table["site"].dropna().unique()):
         here = completed[completed["site"] == site]
         candidates = _candidates(here, gate, verdicts, rejected)
-        tied = trade.noise(gate.choose, difference)
+        tied = trade.noise(gate.choose, subtract)
         ranked = trade.rank(candidates, tied)
         closest, ties = None, dict[str, str]()
         if not ranked:
@@ -101,6 +102,18 @@ def choose(
             del rejected[ranked[0].sae_id]
         outcomes[str(site)] = SiteChoice(ranked, ties, closest)
     return Choice(outcomes, pareto_front(completed), verdicts, rejected)
+
+
+def by_metric(subtract: Subtract) -> Difference:
+    """What two SAEs differ by in a metric, as `criteria.apply` asks for it."""
+
+    def difference(one: str, other: str, metric: str) -> tuple[float, float, float] | None:
+        try:
+            return subtract(one, other, lambda m: m[metric])
+        except KeyError:  # a metric without resamples
+            return None
+
+    return difference
 
 
 def _candidates(

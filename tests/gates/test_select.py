@@ -195,13 +195,34 @@ def test_a_difference_inside_the_paired_interval_is_a_tie_for_fewer_failed_advis
     clear = paired(kept_best=(0.02, 0.01, 0.03), small_best=(0.024, 0.014, 0.034))
     noisy = paired(kept_best=(0.02, -0.01, 0.05), small_best=(0.024, -0.01, 0.05))
     half = paired(kept_best=(0.02, -0.01, 0.05), small_best=(0.024, 0.001, 0.05))
-    assert chosen(table, ADVISORY) == chosen(table, ADVISORY, difference=clear) == "best"
-    assert chosen(table, ADVISORY, difference=noisy) == "small"
-    assert chosen(table, ADVISORY, difference=half) == "kept"
-    reasons = choose(table, ADVISORY, difference=noisy).rejected
+    assert chosen(table, ADVISORY) == chosen(table, ADVISORY, subtract=clear) == "best"
+    assert chosen(table, ADVISORY, subtract=noisy) == "small"
+    assert chosen(table, ADVISORY, subtract=half) == "kept"
+    reasons = choose(table, ADVISORY, subtract=noisy).rejected
     assert "small fails fewer advisory criteria (0, not 1)" in reasons["best"][0]
     assert "interval of the difference [-0.01, 0.05]" in reasons["best"][0]
-    assert chosen(table, GATE, difference=noisy) == "small"  # no advisory criterion: the smallest
+    assert chosen(table, GATE, subtract=noisy) == "small"  # no advisory criterion: the smallest
+
+
+def test_a_null_is_subtracted_pair_by_pair():
+    fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
+    gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
+    control = {"fvu": 0.11, "fvu_low": 0.05, "fvu_high": 0.2, "l0": 40.0, "site": "s"}
+    table = table_of(("x", 4.0, 0.1, {"fvu_low": 0.04, "fvu_high": 0.19}))
+    name = "control-untrained-relu-64-s"
+    asked = []
+
+    def subtract(a, b, of):
+        asked.append((a, b, float(of(pd.DataFrame({"fvu": [0.7]})).iloc[0])))
+        return (-0.01, -0.02, -0.001)
+
+    assert chosen(table, gate, controls={name: control}) is None, "the intervals overlap"
+    assert chosen(table, gate, controls={name: control}, subtract=subtract) == "x" and asked == [("x", name, 0.7)]
+
+    def without(a, b, of):
+        return of(pd.DataFrame({"l0": [0.7]}))
+
+    assert chosen(table, gate, controls={name: control}, subtract=without) is None
 
 
 def test_less_than_a_hundredth_is_a_tie_however_sure():
