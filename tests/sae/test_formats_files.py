@@ -15,6 +15,7 @@ from torch import nn
 from raysae.errors import UserError
 from raysae.sae import formats
 from raysae.sae.formats.__main__ import main
+from raysae.sae.formats.state_dict import ASSUMED
 
 
 def random(*shape, seed):
@@ -86,7 +87,7 @@ def test_an_origin_config_determines_the_nonlinearity(config, k, tmp_path):
     f = pre.relu() if k is None else topk(pre, k)
     with torch.no_grad():
         assert_same(sae.encode(X), sae(X), f, decoder(f))
-    assert sae.config.k == k and sae.metadata == {"model_name": "gpt2-medium"}
+    assert sae.config.k == k and sae.metadata["model_name"] == "gpt2-medium"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_the_command_converts_and_says_so_in_one_line(tmp_path, capsys):
             "topk:3",
         ]
     )
-    assert capsys.readouterr().out == f"wrote {tmp_path}/d as sparsify: topk, d_in 8, d_sae 32, k 3\n"
+    assert capsys.readouterr().out == f"wrote {tmp_path}/d as sparsify: topk, d_in 8, d_sae 32, k 3; assumed: {ASSUMED}\n"
 
 
 @pytest.mark.parametrize(

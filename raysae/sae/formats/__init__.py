@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raysae.errors import UserError
 from raysae.sae.formats import dictionary_learning, openai, saelens, sparsify, state_dict
-from raysae.sae.formats.assemble import Activation
+from raysae.sae.formats.assemble import Activation, Stated
 from raysae.sae.formats.files import load_pt, load_tensors
 from raysae.sae.formats.saelens import load, save
 from raysae.sae.sae import SAE
@@ -30,29 +30,51 @@ WRITABLE: dict[str, Callable[[SAE, Path], None]] = {
     "dictionary_learning": dictionary_learning.write,
 }
 
-__all__ = ["READABLE", "WRITABLE", "load", "load_tensors", "read", "save", "write"]
+__all__ = ["READABLE", "WRITABLE", "load", "load_tensors", "read", "remarks", "save", "write"]
 
 
-def read(path: str | Path, format: str | None = None, activation: str | None = None) -> SAE:
+def read(
+    path: str | Path,
+    format: str | None = None,
+    activation: str | None = None,
+    apply_b_dec_to_input: bool | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    scale: str | None = None,
+) -> SAE:
     """The SAE at `path`, a folder or a file, in the `format` that it says it is if none is named.
 
-    `activation` (relu or topk:K) is for a file that does not state its nonlinearity. Raises UserError for a file that
-    leaves it open, contradicts `activation`, does what no architecture here does, or holds pickled code.
+    The others are for a file that does not state them. `activation`: relu or topk:K. `apply_b_dec_to_input`: whether the
+    encoder reads x - b_dec. `mean`, `std`, `scale`: names of entries of the file by which x was normalised, as
+    (x - mean) · scale / std; they are folded into the weights.
+
+    Raises UserError for a file that leaves it open, contradicts what is stated, does what no architecture here does, holds
+    what is no weight, is damaged, or holds pickled code; before memory is taken for more than is in the file.
     """
     path = Path(path)
     if path.is_file() and path.name in [weights for weights, _ in FOLDERS.values()]:
         path = path.parent  # one file of a folder; its config lies beside it
     if format is None and path.is_dir():  # SAELens' loader says what is missing from a folder of none of them
         format = next((name for name, (weights, _) in FOLDERS.items() if (path / weights).is_file()), "saelens")
-    stated = Activation.parse(activation) if activation else None
+    stated = Stated(Activation.parse(activation) if activation else None, apply_b_dec_to_input, mean, std, scale)
     if format in FOLDERS:
-        if stated:
-            raise UserError(f"activation: {path} is in {format} format, which says its own")
+        for field, value in stated._asdict().items():
+            if value is not None:
+                raise UserError(f"{field}: {path} is in {format} format, which says its own")
         return FOLDERS[format][1](path)
     if format not in (None, *FILES):
         raise UserError(f"from: {format!r} is not a format; known: {', '.join(READABLE)}")
     data = load_tensors(path) if path.suffix == ".safetensors" and path.is_file() else load_pt(path)
     return FILES[format or ("openai" if "pre_bias" in data else "state_dict")](path, data, stated)
+
+
+def remarks(sae: SAE) -> list[str]:
+    """What whoever reads `sae` from a foreign file should know of it."""
+    found = [f"assumed: {sae.metadata['raysae_assumed']}"] if "raysae_assumed" in sae.metadata else []
+    threshold = sae.parameters.get("threshold")
+    if threshold is not None and threshold.item() < 0:
+        found.append(f"threshold {threshold.item():g} is below zero: every positive latent passes, whatever k is")
+    return found
 
 
 def write(sae: SAE, path: str | Path, format: str) -> None:

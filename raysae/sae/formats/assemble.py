@@ -7,7 +7,7 @@ b_gate, b_mag, r_mag for Gated.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import torch
 
 from raysae.errors import UserError
 from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
-from raysae.sae.formats.files import plain
+from raysae.sae.formats.files import plain, shown
 from raysae.sae.sae import SAE
 
 TRAINING = [field.name for field in fields(SAEConfig) if field.name not in ("architecture", "d_in", "d_sae")]
@@ -43,11 +43,27 @@ class Activation(NamedTuple):
         return self.architecture if self.k is None else f"{self.architecture}:{self.k}"
 
 
-def settled(where: Path, file: Activation | None, user: Activation | None) -> Activation:
-    """The nonlinearity, if it is stated once or twice the same."""
-    if file and user and file != user:
-        raise UserError(f"activation: {where} says {file}, not {user}")
-    stated = file or user
+class Stated(NamedTuple):
+    """What a user states of a one-file checkpoint that does not say it."""
+
+    activation: Activation | None = None
+    apply_b_dec_to_input: bool | None = None
+    """Whether the encoder reads x - b_dec, or x."""
+    mean: str | None = None
+    """Entry of the file that is subtracted from x first: one number or d_in of them."""
+    std: str | None = None
+    """Entry that x, less the mean, is divided by."""
+    scale: str | None = None
+    """Entry that x, less the mean, is multiplied by."""
+
+
+def settled(where: Path, said: Sequence[Activation], user: Activation | None) -> Activation:
+    """The nonlinearity, from what the file says of it, which may be nothing or more than one, and from the user."""
+    if user and said and user not in said:
+        raise UserError(f"activation: {where} says {' and '.join(map(str, said))}, not {user}")
+    stated = user or (said[0] if len(said) == 1 else None)
+    if stated is None and said:
+        raise UserError(f"activation: {where} says {' and '.join(map(str, said))}; state which: --activation {said[0]}")
     if stated is None:
         raise UserError(f"activation: {where} does not say its nonlinearity; state it: --activation relu or topk:K")
     return stated
@@ -64,25 +80,75 @@ def sae_of(
     """The SAE of `tensors` (SAELens' names), checked against `shape` = (d_in, d_sae) or else W_enc's.
 
     `facts` are fields of SAEConfig as far as the file knows them; an unknown training coefficient becomes NaN. Raises
-    UserError for a missing k, and for tensors that are not the architecture's.
+    UserError for a missing k, for tensors that are not the architecture's or no weights, and for NaN.
     """
-    d_in, d_sae = shape or (tensors["W_enc"].shape[0], tensors["W_enc"].shape[1])
+    W_enc = tensors.get("W_enc")
+    if not isinstance(W_enc, torch.Tensor) or W_enc.ndim != 2 or 0 in W_enc.shape:
+        found = f"W_enc of shape {list(W_enc.shape)}" if isinstance(W_enc, torch.Tensor) else "no W_enc"
+        raise UserError(f"W_enc: {where} has {found}; its shape must be [d_in, d_sae]")
+    d_in, d_sae = W_enc.shape
+    for name, said, is_so in zip(("d_in", "d_sae"), shape or W_enc.shape, W_enc.shape, strict=True):
+        if said != is_so:
+            raise UserError(f"{name}: {where} says {said}, but its W_enc has shape {list(W_enc.shape)}")
     config = _config(where, architecture, d_in, d_sae, {name: facts.get(name) for name in TRAINING})
-    tensors = {name: tensor.detach().to(torch.float32) for name, tensor in tensors.items()}
     expected = _shapes(config)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        raise UserError(f"sae: {where} holds {found}, its config needs {expected}")
+    found_shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found_shapes != expected:
+        raise UserError(f"sae: {where} holds {found_shapes}, its config needs {expected}")
+    tensors = {name: weight(where, name, tensor) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if odd := int((~tensor.isfinite()).sum()):
+            raise UserError(
+                f"{name}: {odd} of {tensor.numel()} numbers of {where} are NaN or infinite: it is no function"
+            )
     parameters = ARCHITECTURES[architecture].from_saelens(tensors)
     if (one := parameters.get("threshold")) is not None and not bool((tensors["threshold"] == one).all()):
         raise UserError(f"sae: {where} has a threshold per latent, so it is not the {architecture} that it says it is")
     return SAE(config, {name: tensor.contiguous() for name, tensor in parameters.items()}, dict(metadata))
 
 
+def weight(where: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in float32, once it is what a weight can be."""
+    return _dense(where, name, tensor).detach().to(torch.float32)
+
+
+def _dense(where: Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, if it is dense, of floating point, and every element stands in the file."""
+    kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout).removeprefix("torch.")
+    if tensor.device.type == "meta":
+        kind = "meta, a shape without numbers"
+    elif tensor.layout is torch.strided and tensor.is_floating_point():
+        stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if tensor.numel() <= stored:
+            return tensor
+        kind = f"{list(tensor.shape)} over {stored} stored numbers"
+    raise UserError(f"{name}: {where} holds it as {kind}; weights are dense tensors of float32, bfloat16 or float16")
+
+
+def dense_integers(tensor: torch.Tensor) -> bool:
+    """Whether it is a number or a list of them that stand in the file, such as k or group sizes."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta" or tensor.ndim > 1:
+        return False
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.dtype in (torch.int32, torch.int64) and tensor.numel() <= stored
+
+
+def number_of_latents(where: Path, name: str, value: Any) -> int | None:
+    """An integer, or a tensor of one, as a file states k; None where it states none."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and dense_integers(value):
+        value = value.item()
+    if value is not None and type(value) is not int:
+        raise UserError(f"{name}: {where} says {shown(value)}, which is no number of latents")
+    return value
+
+
 def _config(where: Path, architecture: str, d_in: int, d_sae: int, facts: dict[str, Any]) -> SAEConfig:
     needed = ARCHITECTURES[architecture].coefficient
     if needed == "k" and type(facts["k"]) is not int:
         raise UserError(f"sae: {where} is a {architecture} SAE whose config has no k, a number of latents")
+    for name, fact in facts.items():
+        if fact is not None and type(fact) not in ((int,) if name in ("k", "seed") else (int, float)):
+            raise UserError(f"{name}: {where} says {shown(fact)}, which is no number of its kind")
     if facts[needed] is None:
         facts[needed] = math.nan  # how it was trained is unknown, and changes nothing that it computes
     try:
@@ -108,7 +174,7 @@ def trusted_block(cfg: Mapping[str, Any], architectures: Collection[str]) -> tup
     """(config, metadata) of a file's `raysae` block; both empty unless its architecture is one that the file may be."""
     block = cfg.get("raysae")
     config = block.get("config") if isinstance(block, dict) else None
-    if not isinstance(config, dict) or config.get("architecture") not in architectures:
+    if not isinstance(config, dict) or config.get("architecture") not in list(architectures):
         return {}, {}
     metadata = block.get("metadata") if isinstance(block, dict) else None
     return config, metadata if isinstance(metadata, dict) else {}
@@ -136,7 +202,8 @@ def renamed(
         raise UserError(f"sae: {where} has a tensor {', '.join(further)}, for which there is no place")
     if any(tensors[name].ndim != 2 for name, ours in names.items() if ours.startswith("W_")):
         raise UserError(f"sae: {where} has weights that are not matrices")
-    found = {ours: tensors[name].T if _is_linear(name) else tensors[name] for name, ours in names.items()}
+    dense = {name: _dense(where, name, tensors[name]) for name in names}
+    found = {ours: dense[name].T if _is_linear(name) else dense[name] for name, ours in names.items()}
     d_in, d_sae = found["W_enc"].shape
     wanted = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
     for name, ours in names.items():
@@ -175,3 +242,40 @@ def unit_decoder(tensors: Parameters) -> Parameters:
     W_dec = tensors["W_dec"] / torch.where(norm > 0, norm, 1).unsqueeze(1)
     W_dec[norm == 0, 0] = 1
     return tensors | {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm, "W_dec": W_dec}
+
+
+def reading_raw(where: Path, entries: Mapping[str, Any], stated: Stated, tensors: Parameters) -> Parameters:
+    """Parameters that read x, from `tensors` that read (x - mean) · scale / std, by the entries that the user named.
+
+    With s = scale / std, per dimension: (s(x - m) - b_dec) W_enc = (x - m - b_dec/s) diag(s) W_enc, and x̂ is mapped back.
+    """
+    mean, std, scale = (_entry(where, entries, name, getattr(stated, name)) for name in ("mean", "std", "scale"))
+    if mean is None and std is None and scale is None:
+        return tensors
+    d_in = tensors["W_enc"].shape[0]
+    for name, value in (("mean", mean), ("std", std), ("scale", scale)):
+        if value is not None and value.numel() not in (1, d_in):
+            raise UserError(f"{name}: {getattr(stated, name)} of {where} has {value.numel()} numbers; x has {d_in}")
+    one = torch.ones(d_in)
+    s = (one if scale is None else scale) / (one if std is None else std)
+    if not bool((s.isfinite() & (s > 0)).all()):
+        raise UserError(f"std: {where} scales x by what is not above zero and finite")
+    m = torch.zeros(d_in) if mean is None else mean
+    return tensors | {
+        "W_enc": tensors["W_enc"] * s.expand(d_in)[:, None],
+        "W_dec": tensors["W_dec"] / s,
+        "b_dec": tensors["b_dec"] / s + m,
+    }
+
+
+def _entry(where: Path, entries: Mapping[str, Any], name: str, key: str | None) -> torch.Tensor | None:
+    if key is None:
+        return None
+    value = entries.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = torch.tensor(float(value))
+    if not isinstance(value, torch.Tensor):
+        raise UserError(
+            f"{name}: {where} has no {key!r} of numbers; it has {', '.join(map(str, entries)) or 'nothing'}"
+        )
+    return weight(where, key, value).flatten()

@@ -24,14 +24,16 @@ from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
 from raysae.sae.architectures.topk import Matryoshka
 from raysae.sae.formats.assemble import (
     block_of,
+    dense_integers,
     named_as,
+    number_of_latents,
     renamed,
     sae_of,
     subtract_b_dec,
     trusted_block,
     unit_decoder,
 )
-from raysae.sae.formats.files import load_json, load_pt, save_json, whole_directory
+from raysae.sae.formats.files import load_json, load_pt, save_json, shown, whole_directory
 from raysae.sae.sae import SAE
 
 WEIGHTS = "ae.pt"
@@ -101,7 +103,9 @@ def _state_dict(theirs: str, tensors: Parameters, config: SAEConfig, metadata: d
         ends = torch.tensor([0, *Matryoshka.ends(config.d_sae)])
         sizes = metadata.get("group_sizes")
         state["group_sizes"] = (
-            torch.tensor(sizes) if isinstance(sizes, list) and sum(sizes) == config.d_sae else ends.diff()
+            torch.tensor(sizes)
+            if isinstance(sizes, list) and all(type(n) is int for n in sizes) and sum(sizes) == config.d_sae
+            else ends.diff()
         )
     return state
 
@@ -115,16 +119,17 @@ def read(directory: Path) -> SAE:
     trainer = cfg.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     theirs = trainer.get("dict_class")
-    if theirs not in NAMES:
-        raise UserError(f"sae: {directory} has dict_class {theirs!r}; known: {', '.join(NAMES)}")
+    if theirs not in list(NAMES):
+        raise UserError(f"sae: {directory} has dict_class {shown(theirs)}; known: {', '.join(NAMES)}")
     state = load_pt(directory / WEIGHTS)
     metadata = _metadata(cfg, trainer)
     names = NAMES[theirs] | ({"threshold": "threshold"} if theirs in ONE_THRESHOLD else {})
     tensors = renamed(directory, state, names, ("k", "threshold", "group_sizes"))
     if theirs in ONE_THRESHOLD:
-        tensors["threshold"] = tensors["threshold"].expand(tensors["W_enc"].shape[1])
-    if theirs == "MatryoshkaBatchTopKSAE" and isinstance(state.get("group_sizes"), torch.Tensor):
-        metadata["group_sizes"] = state["group_sizes"].tolist()
+        tensors["threshold"] = tensors["threshold"].expand(tensors["W_enc"].shape[1]).clone()
+    sizes = state.get("group_sizes")
+    if theirs == "MatryoshkaBatchTopKSAE" and isinstance(sizes, torch.Tensor) and dense_integers(sizes):
+        metadata["group_sizes"] = sizes.tolist()
     if theirs in ("AutoEncoderNew", "JumpReluAutoEncoder"):
         tensors = subtract_b_dec(tensors)
     if theirs == "AutoEncoder":
@@ -136,8 +141,10 @@ def read(directory: Path) -> SAE:
 
 def _k(directory: Path, trainer: dict[str, Any], state: dict[str, Any]) -> int | None:
     """k of the config and of the tensors, which must agree, as in theirs."""
-    stored = int(state["k"]) if isinstance(state.get("k"), torch.Tensor) else None
-    said = trainer.get("k")
+    stored, said = (
+        number_of_latents(directory, "k", state.get("k")),
+        number_of_latents(directory, "k", trainer.get("k")),
+    )
     if said is not None and stored is not None and said != stored:
         raise UserError(f"sae: {directory} has k {said} in its config.json and {stored} in its {WEIGHTS}")
     return stored if said is None else said

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from raysae.errors import UserError
 from raysae.sae.architectures import ARCHITECTURES, Parameters
-from raysae.sae.formats.assemble import sae_of, trusted_block
-from raysae.sae.formats.files import load_json, load_tensors, save_json, whole_directory
+from raysae.sae.formats.assemble import sae_of, trusted_block, weight
+from raysae.sae.formats.files import load_json, load_tensors, save_json, shown, whole_directory
 from raysae.sae.sae import SAE
 
 SAE_LENS_VERSION = "6.54.12"  # the layout that this writes; SAELens reads anything >= 6.0.0 as such
@@ -58,14 +58,16 @@ def load(directory: Path) -> SAE:
     cfg = load_json(directory / "cfg.json")
     theirs = cfg.get("architecture")
     ours, _ = trusted_block(cfg, {name for name, a in ARCHITECTURES.items() if a.saelens == theirs})
-    if not ours and theirs not in FOREIGN:
+    if not ours and theirs not in list(FOREIGN):
         known = ", ".join(FOREIGN)
-        raise UserError(f"sae: {directory} has architecture {theirs!r}; known: {known}, and what raysae wrote itself")
+        raise UserError(
+            f"sae: {directory} has architecture {shown(theirs)}; known: {known}, and what raysae wrote itself"
+        )
     _refuse_what_is_not_folded(directory, cfg)
     return sae_of(
         directory,
         ours["architecture"] if ours else FOREIGN[str(theirs)],
-        _without_idle_scale(load_tensors(directory / WEIGHTS)),
+        _without_idle_scale(directory, load_tensors(directory / WEIGHTS)),
         {**ours, "k": cfg.get("k", None if theirs in ("topk", "abstopk") else ours.get("k"))},
         _metadata(cfg),
         (_size(directory, cfg, "d_in"), _size(directory, cfg, "d_sae")),
@@ -81,13 +83,14 @@ def _refuse_what_is_not_folded(directory: Path, cfg: dict[str, Any]) -> None:
         )
     before_6 = cfg.get("activation_fn", cfg.get("activation_fn_str"))  # where `architecture` was not the whole truth
     if before_6 not in (None, "relu", "topk" if cfg["architecture"] == "topk" else None):
-        raise UserError(f"sae: {directory} has activation_fn {before_6!r} beside architecture {cfg['architecture']!r}")
+        said = f"activation_fn {shown(before_6)} beside architecture {cfg['architecture']!r}"
+        raise UserError(f"sae: {directory} has {said}")
 
 
-def _without_idle_scale(tensors: Parameters) -> Parameters:
+def _without_idle_scale(where: Path, tensors: Parameters) -> Parameters:
     """Without the `scaling_factor` of ones that SAELens wrote for a while, and drops too."""
     scale = tensors.get("scaling_factor")
-    idle = scale is not None and bool((scale == 1).all())
+    idle = scale is not None and bool((weight(where, "scaling_factor", scale) == 1).all())
     return {name: tensor for name, tensor in tensors.items() if not (idle and name == "scaling_factor")}
 
 
@@ -99,6 +102,6 @@ def _metadata(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _size(directory: Path, cfg: dict[str, Any], name: str) -> int:
-    if type(cfg.get(name)) is not int:
-        raise UserError(f"{name}: cfg.json of {directory} says {cfg.get(name)!r}, which is no size")
+    if type(cfg.get(name)) is not int or cfg[name] < 1:
+        raise UserError(f"{name}: cfg.json of {directory} says {shown(cfg.get(name))}, which is no size")
     return cfg[name]

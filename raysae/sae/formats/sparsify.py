@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from raysae.errors import UserError
 from raysae.sae.architectures import ARCHITECTURES
 from raysae.sae.formats.assemble import block_of, named_as, renamed, sae_of, trusted_block
-from raysae.sae.formats.files import load_json, load_tensors, save_json, whole_directory
+from raysae.sae.formats.files import load_json, load_tensors, save_json, shown, whole_directory
 from raysae.sae.sae import SAE
 
 WEIGHTS = "sae.safetensors"
@@ -54,7 +54,7 @@ def read(directory: Path) -> SAE:
     cfg = load_json(directory / "cfg.json")
     # `activation` came in 2025; before, there was topk alone, `signed` (largest magnitudes, sign kept) or not
     if cfg.get("activation", "topk") != "topk":
-        raise UserError(f"sae: {directory} has activation {cfg['activation']!r}; only topk is read")
+        raise UserError(f"sae: {directory} has activation {shown(cfg['activation'])}; only topk is read")
     for name in ("transcode", "skip_connection", "embed_skip", "gram_lookup"):
         if cfg.get(name):
             raise UserError(f"sae: {directory} has {name}, which is no SAE")
