@@ -177,7 +177,7 @@ def _checks(one: Run, two: Run) -> Iterator[dict[str, Any]]:
         yield check(f"directory of {stage}", lambda run, s=stage: run.stage(s).name)
     yield check("data: sha256 of the records", lambda run: sha256_of(run.stage("records") / "records.parquet"), True)
     yield counted("tokens: sha256 of each block", "tokens")
-    yield check("model: hash of the weights", lambda run: _model(read_json(run.path / "store.json")["model"]))
+    yield check("model: hash of weights and config", lambda run: _model(read_json(run.path / "store.json")["model"]))
     yield counted("activations: sha256 of each file of the store", "store")
     yield check("SAEs and what became of them", lambda run: _statuses(run.table), True)
     yield check("settings of each SAE", lambda run: _settings(run.table), True)
@@ -186,7 +186,7 @@ def _checks(one: Run, two: Run) -> Iterator[dict[str, Any]]:
 
 
 def _model(facts: Mapping[str, Any]) -> str:
-    return str(facts.get("weights") or facts.get("revision"))
+    return " ".join(str(facts[key]) for key in ("revision", "weights", "config") if facts.get(key))
 
 
 def _settings(table: pd.DataFrame) -> dict[str, list[str]]:

@@ -102,7 +102,8 @@ class Store:
     def check_model(self, fingerprint: dict[str, Any]) -> None:
         """Refuse a store that another model made."""
         made_with = self.manifest["model"]
-        if any(made_with.get(key) != fingerprint.get(key) for key in ("class", "revision", "weights")):
+        keys = [key for key in ("class", "revision", "weights", "config") if key != "config" or key in made_with]
+        if any(made_with.get(key) != fingerprint.get(key) for key in keys):
             raise UserError(
                 f"store: {self.path} was made with {_model(made_with)}, model.name gives {_model(fingerprint)}; "
                 "capture again, or name the model that made it"
@@ -248,7 +249,8 @@ class _RowIndex:
 
 
 def _model(fingerprint: dict[str, Any]) -> str:
-    return f"{fingerprint.get('name')} ({fingerprint.get('revision') or fingerprint.get('weights')})"
+    parts = (fingerprint.get(key) for key in ("revision", "weights", "config"))
+    return f"{fingerprint.get('name')} ({' '.join(str(part) for part in parts if part)})"
 
 
 @lru_cache(maxsize=1024)

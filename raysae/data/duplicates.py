@@ -12,7 +12,7 @@ digits, formulas), each character is a word, as it stands, and a shingle is as m
 
 All pairs are found, none by chance: texts that share enough of their shingles share one of the rarest ones (prefix
 filtering, Chaudhuri et al. 2006; Bayardo et al. 2007), which few others have; counts are products of SciPy's sparse
-matrices. datasketch's LSH Ensemble takes longer (`benchmarks/near_duplicates.py`).
+matrices. datasketch's LSH Ensemble takes five times as long, and misses pairs (`benchmarks/near_duplicates.py`).
 """
 
 from __future__ import annotations

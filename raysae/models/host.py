@@ -12,6 +12,7 @@ the fingerprint is that of the weights in use.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,10 @@ Edit = Callable[[Tensor], Tensor]
 
 # What the Hugging Face libraries raise for a name, file or network that is not as it should be.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+
+
+SAYS_NOTHING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+"""Keys of a config that the forward pass does not depend on; the dtype it runs in is raysae's own setting."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -100,20 +105,31 @@ def model_facts(name: str, revision: str | None = None, trust_remote_code: bool 
     `name` is a hub name or a local folder. Raises UserError naming `model.name` or `model.revision` if there is no such
     model, or its architecture is not supported.
     """
-    return _facts(_load_config(name, _resolve(name, revision), trust_remote_code), name)
+    config = _load_config(name, _resolve(name, revision), trust_remote_code)
+    facts = _facts(config, name)
+    _model_class(config, name, trust_remote_code)  # refuses what is no causal LM
+    return facts
 
 
 def fingerprint_of(name: str, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, str | None]:
-    """What identifies a model's weights, without loading it: equal to `ModelHost.load(...).fingerprint`.
+    """What a model's forward pass depends on, without loading it: equal to `ModelHost.load(...).fingerprint`.
 
-    Keys: `name`; `class`; `revision`, the commit of a hub model; `weights`, for a local model the BLAKE2b hash of its
-    tensors (names, dtypes, shapes, bytes), which does not depend on how they are spread over files.
+    Keys: `name`; `class`; `revision`, the commit of a hub model; and of a local one, in its place, `weights`, the BLAKE2b
+    hash of the tensors that transformers loads (names, dtypes, shapes, bytes), which does not depend on how they are
+    spread over files, and `config`, that of its config.json, and of its code where that is run.
     """
     commit = _resolve(name, revision)
     config = _load_config(name, commit, trust_remote_code)
     _facts(config, name)  # refuses an unsupported architecture
-    weights = None if commit else _hash_tensors(_stored_tensors(_weight_files(name)))
-    return _fingerprint(name, commit, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type], weights)
+    model_class = _model_class(config, name, trust_remote_code)
+    if commit:
+        return _fingerprint(name, commit, model_class, None, None)
+    weights = _hash_tensors(_stored_tensors(_weight_files(name)))
+    given = json.loads((Path(name) / "config.json").read_text())
+    code = {}
+    if "auto_map" in given:  # transformers would have refused it without trust_remote_code
+        code = {file.name: file.read_text() for file in Path(name).glob("*.py")}
+    return _fingerprint(name, None, model_class, weights, _hash_config(given | {"code": code}))
 
 
 def save_with_random_weights(
@@ -154,10 +170,24 @@ def _facts(config: Any, name: str) -> ModelFacts:
     return ModelFacts(
         n_blocks=text.num_hidden_layers,
         d_model=text.hidden_size,
-        d_mlp=getattr(text, layout.d_mlp) or 4 * text.hidden_size,
+        d_mlp=(getattr(text, layout.d_mlp) or 4 * text.hidden_size) if layout.mlp_down else None,
         vocab_size=text.vocab_size,
         context_length=getattr(text, "max_position_embeddings", None),
     )
+
+
+def _model_class(config: Any, name: str, trust_remote_code: bool) -> str:
+    """Name of the class that is loaded; UserError for one that is no causal LM, such as a vision-language model."""
+    remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM") if trust_remote_code else None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if remote is None and known is None:
+        text = config.get_text_config().model_type
+        inner = f" around a {text}" if text != config.model_type else ""
+        raise UserError(
+            f"model.name: {name!r} is a {config.model_type}{inner}, which cannot be loaded as a causal language model; "
+            "save its text model by itself (save_pretrained) and name that folder"
+        )
+    return str(remote).rpartition(".")[2] if remote else str(known)
 
 
 def _resolve(name: str, revision: str | None) -> str | None:
@@ -198,17 +228,40 @@ def _cannot_load(field: str, name: str, error: Exception) -> UserError:
 
 
 def _weight_files(folder: str) -> list[Path]:
-    """The safetensors files of a local model; UserError if there are none."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if files:
+    """The safetensors files that transformers loads from a local model's folder; UserError if there are none.
+
+    `transformers_weights` of the config, else model.safetensors, else the files that model.safetensors.index.json maps
+    tensors to (transformers' `_get_resolved_checkpoint_files`). Others that lie there are not loaded.
+    """
+    root = Path(folder)
+    if (root / "adapter_config.json").exists():
+        raise UserError(
+            f"model.name: {folder!r} holds an adapter; merge it into its model, and name the folder of that"
+        )
+    named = json.loads((root / "config.json").read_text()).get("transformers_weights") or "model.safetensors"
+    single, index = root / named, root / (named if named.endswith(".index.json") else "model.safetensors.index.json")
+    if single.is_file() and single != index:
+        return [single]
+    if index.is_file():
+        try:
+            files = sorted({root / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"model.name: {index} is no index of weights (weight_map); copy the model again") from None
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise UserError(
+                f"model.name: {folder!r} lacks {missing[0]}, which {index.name} names; copy the model again"
+            )
         return files
-    pickles = sorted(Path(folder).glob("pytorch_model*.bin"))
+    pickles = sorted(root.glob("pytorch_model*.bin"))
     if pickles:
         raise UserError(
             f"model.name: {pickles[0]} is a pickle, which can run code when it is loaded; convert it with "
             "save_pretrained, which writes safetensors, and point model.name at the result"
         )
-    raise UserError(f"model.name: {folder!r} holds no *.safetensors weights")
+    others = sorted(file.name for file in root.glob("*.safetensors"))
+    beside = f"; it holds {others[0]}, which transformers does not load" if others else ""
+    raise UserError(f"model.name: {folder!r} holds no weights: neither {single.name} nor {index.name}{beside}")
 
 
 def _stored_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -231,8 +284,22 @@ def _hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(name: str, commit: str | None, model_class: str, weights: str | None) -> dict[str, str | None]:
-    return {"name": name, "revision": commit, "class": model_class, "weights": weights}
+def _hash_config(config: Mapping[str, Any]) -> str:
+    """Of all that a config says of the computation: not where it lay, who wrote it, or the dtype of the file."""
+
+    def said(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: said(inner) for key, inner in value.items() if key not in SAYS_NOTHING}
+        return value
+
+    text = json.dumps(said(config), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _fingerprint(
+    name: str, commit: str | None, model_class: str, weights: str | None, config: str | None
+) -> dict[str, str | None]:
+    return {"name": name, "revision": commit, "class": model_class, "weights": weights, "config": config}
 
 
 @dataclass(frozen=True)
@@ -241,8 +308,8 @@ class ModelFacts:
 
     n_blocks: int
     d_model: int
-    d_mlp: int
-    """Width of mlp_hidden."""
+    d_mlp: int | None
+    """Width of mlp_hidden; None where there is no such site."""
     vocab_size: int
     context_length: int | None
     """Most positions in one sequence; None if unbounded."""
@@ -250,11 +317,16 @@ class ModelFacts:
     @property
     def sites(self) -> tuple[str, ...]:
         """Every site, in the order of computation."""
-        return all_sites(self.n_blocks)
+        names = all_sites(self.n_blocks)
+        return names if self.d_mlp else tuple(name for name in names if not name.endswith(".mlp_hidden"))
 
     def width(self, site: str) -> int:
         """Size of the activation at `site`; UserError if the model has no such site."""
-        return self.d_mlp if parse_site(site, self.n_blocks).kind == "mlp_hidden" else self.d_model
+        if parse_site(site, self.n_blocks).kind != "mlp_hidden":
+            return self.d_model
+        if self.d_mlp is None:
+            raise UserError(f"capture.sites: {site!r} is no site of this model, whose MLPs are mixtures of experts")
+        return self.d_mlp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,13 +345,16 @@ class ModelHost:
     ) -> None:
         """Host `model`, a Hugging Face causal LM, which is moved to `device`, frozen and put in eval mode.
 
+        A model that is spread over devices (`device_map`) stays where it is; its inputs go to its embedding.
         `tokenizer` is a tokenizer, or the name or folder of one. Raises UserError if the architecture is not supported.
         """
         config: Any = model.config
         self.name = name
         self.facts = _facts(config, name)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.device = torch.device(device)
+        given: Any = model
+        spread = getattr(model, "hf_device_map", None) is not None
+        self.model = (model if spread else model.to(device)).eval().requires_grad_(False)
+        self.device = given.get_input_embeddings().weight.device if spread else torch.device(device)
         self._layout = find_layout(config.get_text_config(), name)
         self._modules = find_modules(model, self._layout)
         self._tokenizer = tokenizer
@@ -305,6 +380,7 @@ class ModelHost:
         commit = _resolve(name, revision)
         config = _load_config(name, commit, trust_remote_code)
         _facts(config, name)  # refuses an unsupported architecture
+        _model_class(config, name, trust_remote_code)
         if commit is None:
             _weight_files(name)
         try:
@@ -355,7 +431,8 @@ class ModelHost:
         if self._origin is not None:
             return fingerprint_of(*self._origin)
         weights = _hash_tensors(sorted(self.model.state_dict().items()))
-        return _fingerprint(self.name, None, type(self.model).__name__, weights)
+        config: Any = self.model.config
+        return _fingerprint(self.name, None, type(self.model).__name__, weights, _hash_config(config.to_diff_dict()))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -434,6 +511,8 @@ class ModelHost:
 
         def visit(site: Site, x: Tensor) -> Tensor:
             expected = (*input_ids.shape, self.width(site.name))
+            if x.ndim == 2:  # OPT's MLP sees [batch * pos, width]
+                return visit(site, x.view(expected)).view(x.shape)
             if x.shape != expected:
                 raise RuntimeError(f"{site.name} of {self.name} has shape {list(x.shape)}, expected {list(expected)}")
             if site.name in edits:
@@ -453,8 +532,11 @@ class ModelHost:
 
         # Hooks of one module run in the order of their registration, which is the order of computation.
         visited = order_sites([*wanted, *edits], self.n_blocks)
+        for site in visited:
+            self.width(site.name)  # refuses one that only other architectures have
         skipped = self._skipped(start, visited, input_ids)
         hooks = [self._hook(site, visit) for site in visited]
+        own = [vars(block).get("forward") for block in skipped]  # accelerate's, of a model that is spread
         try:
             for block in skipped:
                 block.forward = stand_in
@@ -467,8 +549,10 @@ class ModelHost:
         finally:
             for hook in hooks:
                 hook.remove()
-            for block in skipped:
+            for block, forward in zip(skipped, own, strict=True):
                 vars(block).pop("forward", None)  # its class's own again
+                if forward is not None:
+                    block.forward = forward
 
     def _blocks_below(self, site: Site) -> int:
         """How many blocks' computation lies wholly below the site."""
@@ -522,6 +606,7 @@ class ModelHost:
         if site.kind in ("embed", "resid_pre"):
             return block.register_forward_pre_hook(on_input, with_kwargs=True)
         if site.kind == "mlp_hidden":
+            assert self._layout.mlp_down is not None  # `width` has refused it
             return block.get_submodule(self._layout.mlp_down).register_forward_pre_hook(on_input, with_kwargs=True)
         if site.kind == "resid_post":
             return block.register_forward_hook(on_output)

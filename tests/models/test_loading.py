@@ -115,6 +115,78 @@ def test_fingerprint_is_of_the_weights(folder: Path, tmp_path: Path) -> None:
     assert ModelHost(_model(0)).fingerprint == ModelHost(_model(0)).fingerprint != ModelHost(_model(1)).fingerprint
 
 
+def _rewrite(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_model_is_its_config_and_the_weights_that_are_loaded(folder: Path, tmp_path: Path) -> None:
+    """What changes the logits changes the fingerprint, and nothing else does."""
+    ids = torch.arange(20)[None]
+
+    def found(of: Path = folder) -> tuple[dict[str, str | None], torch.Tensor]:
+        host = ModelHost.load(str(of))
+        assert host.fingerprint == fingerprint_of(str(of))
+        return host.fingerprint, host.logits(ids, None)
+
+    before, logits = found()
+    save_file({"junk": torch.ones(3)}, folder / "adapter_old.safetensors")
+    (folder / "training_state.safetensors").write_bytes(b"not a safetensors file")
+    _rewrite(folder, _name_or_path="/home/someone", transformers_version="4.0.0", dtype="bfloat16")
+    same, same_logits = found()
+    assert same == before and torch.equal(same_logits, logits)
+
+    _rewrite(folder, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    other, other_logits = found()
+    assert other["weights"] == before["weights"] and other["config"] != before["config"]
+    assert not torch.equal(other_logits, logits)
+
+    shards = tmp_path / "sharded"
+    _model().save_pretrained(shards, max_shard_size="5KB")
+    of_shards = found(shards)[0]
+    save_file({"junk": torch.ones(3)}, shards / "model-extra.safetensors")
+    assert found(shards)[0] == of_shards
+    last = sorted(shards.glob("model-0*.safetensors"))[-1]
+    weights = load_file(last)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, last, metadata={"format": "pt"})
+    assert found(shards)[0]["weights"] != of_shards["weights"]
+    last.unlink()
+    for call in (ModelHost.load, fingerprint_of):
+        assert re.search(rf"lacks {last.name}, which model.safetensors.index.json names", _one_line(call, str(shards)))
+    _model(1).save_pretrained(shards)  # transformers takes the single file, whatever the index says
+    for file in shards.glob("model-*.safetensors"):
+        file.unlink()
+    assert found(shards)[0]["weights"] == found_of(tmp_path, 1)
+
+
+def found_of(tmp_path: Path, seed: int) -> str | None:
+    _model(seed).save_pretrained(tmp_path / "fresh")
+    return fingerprint_of(str(tmp_path / "fresh"))["weights"]
+
+
+def test_what_transformers_does_not_load_is_no_model(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    for call in (ModelHost.load, fingerprint_of):
+        said = _one_line(call, str(folder))
+        assert "neither model.safetensors nor model.safetensors.index.json; it holds weights.safetensors" in said
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert "model.safetensors.index.json is no index" in _one_line(fingerprint_of, str(folder))
+    _rewrite(folder, transformers_weights="weights.safetensors")
+    assert ModelHost.load(str(folder)).fingerprint == fingerprint_of(str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    assert "holds an adapter; merge it" in _one_line(ModelHost.load, str(folder))
+
+
+def test_a_vision_language_folder_is_one_line(tmp_path: Path) -> None:
+    text = dict(model_type="llama", vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(model_type="clip_vision_model", hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="llava", text_config=text, vision_config=vision)))
+    for call in (ModelHost.load, fingerprint_of, model_facts):
+        said = _one_line(call, str(tmp_path))
+        assert said.startswith(f"model.name: {str(tmp_path)!r} is a llava around a llama, which cannot be loaded")
+
+
 def test_dtype(folder: Path) -> None:
     host = ModelHost.load(str(folder), dtype="bfloat16")
     assert host.read(torch.zeros(1, 2, dtype=torch.long), None, ["embed"])["embed"].dtype == torch.bfloat16
@@ -146,11 +218,11 @@ def test_what_does_not_load_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert _one_line(fingerprint_of, str(folder)).startswith(f"model.name: {str(folder)!r} could not be loaded")
 
     (folder / "model.safetensors").unlink()
-    assert "holds no *.safetensors" in _one_line(ModelHost.load, str(folder))
+    assert "holds no weights: neither model.safetensors" in _one_line(ModelHost.load, str(folder))
 
-    (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "bloom"}))
     for call in (ModelHost.load, model_facts, fingerprint_of):
-        assert "architecture 'opt'" in _one_line(call, str(folder))
+        assert "architecture 'bloom'" in _one_line(call, str(folder))
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "code.C"}, "model_type": "new"}))
     (folder / "code.py").write_text("raise SystemExit('remote code was run')")
     assert "trust_remote_code" in _one_line(model_facts, str(folder))
@@ -166,7 +238,13 @@ def test_hub_model_is_pinned_to_its_commit(folder: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
     host = ModelHost.load("someone/tiny")
-    expected = {"name": "someone/tiny", "revision": COMMIT, "class": "LlamaForCausalLM", "weights": None}
+    expected = {
+        "name": "someone/tiny",
+        "revision": COMMIT,
+        "class": "LlamaForCausalLM",
+        "weights": None,
+        "config": None,
+    }
     assert host.fingerprint == expected
     assert fingerprint_of("someone/tiny") == fingerprint_of("someone/tiny", COMMIT) == expected
     assert host.facts == model_facts("someone/tiny")
