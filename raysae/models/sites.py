@@ -6,13 +6,14 @@ the name as an alias, for those who have data under it.
 
     embed                 what enters the first block: token embeddings (GPT-2: plus positions; Gemma: scaled)
     blocks.{i}.resid_pre  the residual stream that enters block i
-    blocks.{i}.attn_out   what attention adds to the residual stream (Gemma 2 and 3: after its post-norm)
-    blocks.{i}.mlp_hidden the MLP after its nonlinearity: the input of the down projection (gated: act(gate) * up)
-    blocks.{i}.mlp_out    what the MLP adds to the residual stream (Gemma 2 and 3: after its post-norm)
+    blocks.{i}.attn_out   what attention adds to the residual stream (Gemma 2 and 3, OLMo 2: after its post-norm)
+    blocks.{i}.mlp_hidden the MLP after its nonlinearity: the input of the down projection (gated: act(gate) * up); a
+                          mixture of experts has none
+    blocks.{i}.mlp_out    what the MLP adds to the residual stream (Gemma 2 and 3, OLMo 2: after its post-norm)
     blocks.{i}.resid_post the output of block i
     final_norm            the last residual stream after the final norm: the input of the language-model head
 
-Everywhere, including parallel blocks (Pythia, Phi), resid_pre + attn_out + mlp_out = resid_post.
+Everywhere, including parallel blocks (Pythia, Phi, GPT-J), resid_pre + attn_out + mlp_out = resid_post.
 """
 
 from __future__ import annotations
