@@ -41,8 +41,8 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 7, "nulls": 1, "null_model": 1, "evaluation": 4,
-    "stability": 1, "domains": 2, "transfer": 1, "invariance": 1, "probes": 1, "features": 1,
+    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 7, "nulls": 1, "null_model": 1, "evaluation": 5,
+    "stability": 2, "domains": 3, "transfer": 2, "invariance": 2, "probes": 1, "features": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
 

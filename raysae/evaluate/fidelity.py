@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic, write_json
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
-from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.evaluate.statistics import effective_groups, intervals
 from raysae.models import host as edits
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
@@ -41,6 +41,8 @@ ROW_SUMS = ("rows", *SCALARS, "usual", "usual_error", "usual_shifted")
 RECOVERED = {"ce_loss_recovered": "ce_zero_gap", "ce_recovered_mean": "ce_mean_gap"}
 """Shares of a loss, and the loss: they are nan unless its whole interval is above 0."""
 SPLICED = ("nll_spliced", "kl_spliced")
+OF_SCORES = {"ce_delta", "ce_zero_gap", "ce_mean_gap", "ce_loss_recovered", "ce_recovered_mean", "kl"}
+"""Metrics with an interval that rest on the scored tokens' groups, others on the rows'."""
 SCORE_SUMS = ("scored", "nll_clean", "nll_spliced", "nll_zero", "nll_mean", "kl_spliced", "kl_zero", "kl_mean")
 
 
@@ -237,11 +239,9 @@ def collect(
             setattr(sums, name, torch.stack(vectors[f"{sae_id}.{name}"]).sum(0))
         metrics = {**sums.metrics(), **_top_norms(total), **_score_metrics(total)}
         metrics |= {"effective_latents": effective_latents(sums.firings)}
-        metrics |= {"n_rows": sums.rows, "n_groups": len(by_group)}
+        metrics |= {"n_rows": sums.rows, **_group_counts(by_group)}
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
-        for name, values in resampled(by_group, exact, resamples, seed).items():
-            low, high = percentile_interval(values.to_numpy(), confidence)
-            metrics |= {f"{name}_low": low, f"{name}_high": high}
+        metrics |= _intervals(by_group, exact, resamples, confidence, seed)
         for recovered, gap in RECOVERED.items():
             if not metrics[f"{gap}_low"] > 0:
                 metrics |= dict.fromkeys((recovered, f"{recovered}_low", f"{recovered}_high"), math.nan)
@@ -266,19 +266,46 @@ def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     }
 
 
-def resampled(by_group: pd.DataFrame, exact: float, resamples: int, seed: int) -> pd.DataFrame:
-    """Each metric of `_ranked` [resamples] over groups drawn with replacement, from an SAE's `group_sums`.
+def _group_counts(by_group: pd.DataFrame) -> dict[str, float]:
+    """How many groups row metrics and those of the model rest on, and as how many of equal size these count."""
+    found: dict[str, float] = {}
+    for counted, name in (("rows", "groups"), ("scored", "scored_groups")):
+        sizes = by_group[counted].to_numpy()
+        found |= {f"n_{name}": int((sizes > 0).sum()), f"effective_{name}": effective_groups(sizes)}
+    return found
 
-    exact: Σ‖x-μ‖² / Σ‖x-shift‖². The mean of the rows is taken as known in each resample; it moves FVU by far less than the
-    groups do.
-    """
-    totals = pd.DataFrame(bootstrap_totals(by_group.to_numpy(), resamples, seed), columns=by_group.columns)
-    return pd.DataFrame({name: statistic(totals) for name, statistic in _ranked(exact).items()})
+
+def _intervals(by_group: pd.DataFrame, exact: float, resamples: int, confidence: float, seed: int) -> dict[str, float]:
+    """`<metric>_low` and `<metric>_high` of `_ranked`, from an SAE's `group_sums`; exact as in `_ranked`."""
+    found: dict[str, float] = {}
+    for counted in ("rows", "scored"):
+        names = [name for name in _ranked(exact) if counted_by(name) == counted]
+        behind = by_group[by_group[counted] > 0]
+        ends = intervals(behind.to_numpy(), values_of(names, exact, by_group.columns), resamples, confidence, seed)
+        for name, low, high in zip(names, ends.low, ends.high, strict=True):
+            found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return found
+
+
+def counted_by(name: str) -> str:
+    """The sum that counts what a metric of `_ranked` rests on: groups in which it is 0 say nothing of it."""
+    return "scored" if name in OF_SCORES else "rows"
+
+
+def values_of(names: Sequence[str], exact: float, columns: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    """Metrics [n, names] of `_ranked` as a function of totals [n, columns]; exact as there."""
+    of = _ranked(exact)
+
+    def values(totals: np.ndarray) -> np.ndarray:
+        frame = pd.DataFrame(totals, columns=columns)
+        return np.stack([of[name](frame) for name in names], axis=1)
+
+    return values
 
 
 @dataclass(frozen=True)
 class Paired:
-    """SAEs that were measured on the same groups, so that any two can be subtracted resample by resample."""
+    """SAEs that were measured on the same groups, so that the interval of a difference of any two is paired."""
 
     sums: Mapping[str, pd.DataFrame]
     """`group_sums` by sae_id."""
@@ -287,7 +314,6 @@ class Paired:
     resamples: int
     confidence: float
     seed: int
-    _drawn: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(
@@ -302,24 +328,21 @@ class Paired:
     def difference(self, a: str, b: str, of: Callable[[pd.DataFrame], pd.Series]) -> tuple[float, float, float] | None:
         """of(a) - of(b) with its interval; None where one of them has no such sums, or they are of other groups.
 
-        of: a number from the metrics of `resampled`, such as `lambda m: m.fvu`, or `lambda m: np.log(m.fvu * m.l0)`.
+        of: a number from a table of the metrics with an interval, such as `lambda m: m.fvu` or `lambda m: np.log(m.l0)`.
         """
         if a not in self.sums or b not in self.sums or not self.sums[a].index.equals(self.sums[b].index):
             return None
-        values = (of(self._metrics(a)) - of(self._metrics(b))).to_numpy()
-        if not np.isfinite(values).all():
-            return None
-        return (float(values[0]), *percentile_interval(values[1:], self.confidence))
+        both = [self.sums[i].to_numpy() for i in (a, b)]
+        metrics = [values_of(names := list(_ranked(1.0)), self.exact[i], self.sums[i].columns) for i in (a, b)]
 
-    def _metrics(self, sae_id: str) -> pd.DataFrame:
-        """Each metric that has an interval [1 + resamples]: the estimate, then over resampled groups."""
-        if sae_id not in self._drawn:
-            by_group, exact = self.sums[sae_id], self.exact[sae_id]
-            totals = by_group.sum().to_frame().T
-            estimate = pd.DataFrame({name: of(totals) for name, of in _ranked(exact).items()})
-            drawn = resampled(by_group, exact, self.resamples, self.seed)
-            self._drawn[sae_id] = pd.concat([estimate, drawn], ignore_index=True)
-        return self._drawn[sae_id]
+        def values(totals: np.ndarray) -> np.ndarray:
+            halves = np.split(totals, [both[0].shape[1]], axis=1)
+            of_each = [of(pd.DataFrame(m(t), columns=names)) for m, t in zip(metrics, halves, strict=True)]
+            return (of_each[0] - of_each[1]).to_numpy()
+
+        found = intervals(np.concatenate(both, axis=1), values, self.resamples, self.confidence, self.seed)
+        value, low, high = (float(part[0]) for part in found)
+        return (value, low, high) if np.isfinite([value, low, high]).all() else None
 
 
 def exact_share(by_group: pd.DataFrame, fvu: float) -> float:
@@ -375,7 +398,8 @@ def _score_metrics(total: pd.Series) -> dict[str, float]:
 def _ranked(exact: float) -> dict[str, Callable[[pd.DataFrame], pd.Series]]:
     """Each metric that has an interval, as a function of totals (columns ROW_SUMS and SCORE_SUMS).
 
-    `exact` is Σ‖x-μ‖² / Σ‖x-shift‖².
+    `exact` is Σ‖x-μ‖² / Σ‖x-shift‖². The mean of the rows is taken as known in each resample; it moves FVU by far less
+    than the groups do.
     """
     return {
         "fvu": lambda t: t.squared_error / (t.squared_shifted * exact),

@@ -21,7 +21,7 @@ from raysae.artifacts import write_atomic
 from raysae.data.perturb import ORIGINAL, kinds_for, name_pools, plain, reword
 from raysae.data.records import Problem
 from raysae.data.tokens import TokenBlock, micro_batches, read_block
-from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.evaluate.statistics import intervals
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 
@@ -152,9 +152,9 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 def _means(values: np.ndarray, resamples: int, confidence: float, seed: int) -> dict[str, float | None]:
     """Mean of each of MEASURES [n, 6] over examples, with its bootstrap interval; None where there is none."""
     n = len(values)
-    totals = bootstrap_totals(values, resamples, seed) / max(n, 1)
+    ends = intervals(values, lambda totals: totals / n, resamples, confidence, seed) if n > 1 else None
     found: dict[str, float | None] = {}
     for k, name in enumerate(MEASURES):
-        low, high = percentile_interval(totals[:, k], confidence) if n > 1 else (None, None)
+        low, high = (float(ends.low[k]), float(ends.high[k])) if ends else (None, None)
         found |= {name: float(values[:, k].mean()) if n else None, f"{name}_low": low, f"{name}_high": high}
     return found

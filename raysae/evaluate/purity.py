@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import silhouette_score
 
-from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.evaluate.statistics import intervals
 
 DRAWS = 2000
 """Draws behind the purity of random rows."""
@@ -122,22 +122,18 @@ def random_nearest(latents: int, d_in: int, queries: int, seed: int = 0) -> floa
     return float(nearest(directions, np.arange(min(queries, latents)))[2].mean())
 
 
+def _mean(totals: np.ndarray) -> np.ndarray:
+    return totals[:, 0] / totals[:, 1]
+
+
 def means(
     columns: dict[str, np.ndarray], resamples: int, confidence: float, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """By column [m]: `value`, its mean over the latents that have it; `low`, `high`, bootstrapped over them; their `n`."""
-    values = np.stack(list(columns.values()), 1)
-    has = np.isfinite(values)
-    sums = np.concatenate([np.where(has, values, 0), has], axis=1, dtype=np.float64)
-    drawn = bootstrap_totals(sums, resamples, seed)
     found = {}
-    for i, name in enumerate(columns):
-        n = int(has[:, i].sum())
-        entry = dict.fromkeys(("value", "low", "high"), float("nan"))
-        if n:
-            entry["value"] = float(sums[:, i].sum() / n)
-        if n > 1:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                entry["low"], entry["high"] = percentile_interval(drawn[:, i] / drawn[:, len(columns) + i], confidence)
-        found[name] = {**entry, "n": n}
+    for name, column in columns.items():
+        known = column[np.isfinite(column)].astype(np.float64)
+        ends = intervals(np.stack([known, np.ones(len(known))], 1), _mean, resamples, confidence, seed)
+        entry = {key: float(values[0]) for key, values in ends._asdict().items()}
+        found[name] = {**entry, "n": len(known)}
     return found

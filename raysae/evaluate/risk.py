@@ -6,6 +6,7 @@ of difficulty; a group counts for the domain that all its examples are of.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 
 from raysae.data.records import Problem
 from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS, group_sums
-from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.evaluate.statistics import intervals
 
 AXES = ("dataset", "stratum")
 MIXED = "mixed"
@@ -29,21 +30,38 @@ SUMS = [*ROW_SUMS, *SCORE_SUMS]
 class Metric(NamedTuple):
     """A metric of a domain."""
 
+    sums: list[str]
+    """Those that it takes."""
     of: Callable[[pd.DataFrame], pd.Series]
-    """From sums (columns SUMS)."""
+    """From these sums (columns of a table)."""
     less_is_better: bool
     counted: str
     """The sum that counts what it rests on: groups in which it is 0 say nothing."""
     gap: Callable[[pd.DataFrame], pd.Series] | None = None
     """What it is a share of: a domain in which this is not clearly above 0 has no such metric."""
 
+    def of_totals(self, totals: np.ndarray) -> np.ndarray:
+        """From totals [n, sums]."""
+        return self.of(pd.DataFrame(totals, columns=self.sums)).to_numpy()
+
+    def interval(
+        self, part: pd.DataFrame, of: Callable[[pd.DataFrame], pd.Series], resamples: int, confidence: float, seed: int
+    ) -> tuple[float, float]:
+        """The ends of `of` over the groups of a domain."""
+        ends = intervals(
+            part[self.sums].to_numpy(), lambda t: of(pd.DataFrame(t, columns=self.sums)).to_numpy(), resamples, confidence,
+            seed,
+        )  # fmt: skip
+        return float(ends.low[0]), float(ends.high[0])
+
 
 METRICS = {
-    "fvu": Metric(lambda t: t.squared_error / t.squared_shifted, True, "rows"),
-    "l0": Metric(lambda t: t.active / t.rows, True, "rows"),
+    "fvu": Metric(["squared_error", "squared_shifted"], lambda t: t.squared_error / t.squared_shifted, True, "rows"),
+    "l0": Metric(["active", "rows"], lambda t: t.active / t.rows, True, "rows"),
     "ce_loss_recovered": Metric(
+        ["nll_zero", "nll_spliced", "nll_clean", "scored"],
         lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean), False, "scored",
-        gap=lambda t: t.nll_zero - t.nll_clean,
+        gap=lambda t: (t.nll_zero - t.nll_clean) / t.scored,
     ),
 }  # fmt: skip
 """FVU of a domain is about the mean of the training rows: its own is not kept, and about that FVU would be higher."""
@@ -89,24 +107,28 @@ def coverage(
                 for metric, m in METRICS.items():
                     behind = {name: part[part[m.counted] > 0] for name, part in parts.items()}
                     behind = {name: part for name, part in behind.items() if len(part) >= ENOUGH_GROUPS}
-                    totals = {
-                        name: pd.DataFrame(bootstrap_totals(part.to_numpy(), resamples, seed + k), columns=SUMS)
-                        for k, (name, part) in enumerate(behind.items())
-                    }
                     if m.gap is not None:
                         for name, part in parts.items():
-                            gap = m.gap(totals.get(name, part.sum().to_frame().T))
-                            if not percentile_interval(gap.to_numpy(), confidence)[0] > 0:
+                            few = name not in behind  # where there is no interval, the value must do
+                            one = part.sum().to_frame().T
+                            least = (
+                                m.gap(one)[0]
+                                if few
+                                else m.interval(behind[name], m.gap, resamples, confidence, seed)[0]
+                            )
+                            if not least > 0:
                                 table[name][metric] = np.nan
                                 behind.pop(name, None)
-                    drawn = {name: m.of(totals[name]) for name in behind}
                     for name, row in table.items():
-                        values = drawn[name].to_numpy() if name in drawn else np.array([np.nan])
-                        low, high = percentile_interval(values, confidence)
+                        low = high = math.nan
+                        if name in behind:
+                            low, high = m.interval(behind[name], m.of, resamples, confidence, seed)
                         row |= {f"{metric}_low": low, f"{metric}_high": high}
                     judged = [name for name in behind if name != MIXED]
                     if len({table[name][metric] for name in judged}) > 1:
-                        worst[sae_id][axis][metric] = _worst(m, {n: behind[n] for n in judged}, drawn, confidence, seed)
+                        worst[sae_id][axis][metric] = _worst(
+                            m, {n: behind[n] for n in judged}, resamples, confidence, seed
+                        )
                 rows += [{"sae_id": sae_id, "axis": axis, "domain": name, **row} for name, row in table.items()]
     facts = {
         "axes": {axis: sorted({*of.values()}) for axis, of in axes.items()},
@@ -127,13 +149,18 @@ def _row(part: pd.DataFrame) -> dict[str, Any]:
 
 
 def _worst(
-    m: Metric, parts: Mapping[str, pd.DataFrame], drawn: Mapping[str, pd.Series], confidence: float, seed: int
+    m: Metric, parts: Mapping[str, pd.DataFrame], resamples: int, confidence: float, seed: int
 ) -> dict[str, Any]:
     """The worst of the domains in a metric, its ratio to their mean with its interval, and what chance makes of it."""
     values = m.of(pd.DataFrame({name: part.sum() for name, part in parts.items()}).T)
     at = str(values.idxmax() if m.less_is_better else values.idxmin())
-    each = np.stack([drawn[name].to_numpy() for name in parts], axis=1)  # [resamples, domains]
-    low, high = percentile_interval(drawn[at].to_numpy() / each.mean(1), confidence)
+    which = list(parts).index(at)
+
+    def ratio(totals: np.ndarray) -> np.ndarray:
+        each = m.of_totals(totals.reshape(-1, len(m.sums))).reshape(-1, len(parts))
+        return each[:, which] / each.mean(1)
+
+    ends = intervals([part[m.sums].to_numpy() for part in parts.values()], ratio, resamples, confidence, seed)
 
     every = np.concatenate([part.to_numpy() for part in parts.values()])
     starts = np.cumsum([0, *(len(part) for part in parts.values())])
@@ -143,6 +170,6 @@ def _worst(
     of_worst = chance.max(1) if m.less_is_better else chance.min(1)
     return {
         "domain": at, "value": float(values[at]), "mean": float(values.mean()),
-        "ratio": float(values[at] / values.mean()), "ratio_low": low, "ratio_high": high,
+        "ratio": float(values[at] / values.mean()), "ratio_low": float(ends.low[0]), "ratio_high": float(ends.high[0]),
         "null_95": float(np.percentile(of_worst / chance.mean(1), 95 if m.less_is_better else 5)),
     }  # fmt: skip

@@ -23,7 +23,7 @@ from scipy.optimize import linear_sum_assignment
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic
 from raysae.data.tokens import TokenBlock
-from raysae.evaluate.statistics import bootstrap_totals, percentile_interval
+from raysae.evaluate.statistics import intervals
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 from raysae.sweep.collect import CONFIGURATION
@@ -358,7 +358,12 @@ def _of_latents(best: np.ndarray, matched: np.ndarray, confidence: float) -> dic
     best, matched = best[np.isfinite(best)], matched[np.isfinite(matched)]
     n, mean = len(best), float(best.mean())
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * best.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    found = {"stability_mmcs": mean, "stability_mmcs_low": mean - half, "stability_mmcs_high": mean + half}
+    found = {
+        "stability_latents": n,
+        "stability_mmcs": mean,
+        "stability_mmcs_low": mean - half,
+        "stability_mmcs_high": mean + half,
+    }
     for name, least in (("recurring", RECURS), ("recurring_closely", RECURS_CLOSELY)):
         count = int((matched >= least).sum())
         low, high = stats.binomtest(count, n).proportion_ci(confidence, "wilson")
@@ -375,12 +380,11 @@ def _energy_shares(
     found: dict[str, dict[str, dict[str, float]]] = {}
     for sae_id, rows in table.groupby("sae_id"):
         sums = rows.groupby("group", sort=True)[list(ENERGIES)].sum().to_numpy()
-        totals = np.concatenate([sums.sum(0, keepdims=True), bootstrap_totals(sums, resamples, seed)])
-        share = totals / np.where(totals[:, :1] > 0, totals[:, :1], np.nan)
-        found[str(sae_id)] = {}
-        for k, name in enumerate(ENERGIES):
-            low, high = percentile_interval(share[1:, k], confidence)
-            found[str(sae_id)][name] = {"": float(share[0, k]), "_low": low, "_high": high}
+        ends = intervals(sums, lambda t: t / t[:, :1], resamples, confidence, seed)
+        found[str(sae_id)] = {
+            name: {"": float(ends.value[k]), "_low": float(ends.low[k]), "_high": float(ends.high[k])}
+            for k, name in enumerate(ENERGIES)
+        }
     return found
 
 

@@ -1,9 +1,9 @@
-"""Intervals and tests over groups, the unit that a split may not cut: percentile bootstrap, permutations, effect sizes."""
+"""Intervals and tests over groups, the unit that a split may not cut: bootstrap, permutations, effect sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # its parts load when used: model hosts, which import this, use none
@@ -11,33 +11,97 @@ import scipy  # its parts load when used: model hosts, which import this, use no
 Statistic = Callable[[np.ndarray], np.ndarray]
 Matrix = Any  # np.ndarray or scipy.sparse
 PERMUTATIONS_AT_ONCE = 20
+AT_ONCE = 4_000_000
+STEP = 1e-3
+"""Of a column's Σs² under the root, the step of a derivative: small beside its total, large beside rounding."""
+ROUNDING = 1e-14
+"""A variance below this part of the columns' own is rounding: the statistic does not vary."""
 
 
-def bootstrap_totals(sums: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """Totals [resamples, columns] over groups drawn with replacement (Efron & Tibshirani 1993, §13.3), for any statistics.
+class Intervals(NamedTuple):
+    """Estimates and the ends of their intervals, each [metrics]."""
 
-    sums: [groups, columns], additive per group. Same seed, same resamples, so that intervals of SAEs measured on the same
-    groups are paired. All nan for fewer than two groups; so is a column with a sum that is not finite.
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def intervals(
+    samples: np.ndarray | Sequence[np.ndarray], statistic: Statistic, resamples: int, confidence: float, seed: int = 0
+) -> Intervals:
+    """Bootstrap-t intervals by group of statistics of totals (Efron & Tibshirani 1993, §12.5).
+
+    samples: sums [groups, columns], additive per group; or several, of independent groups, their columns side by side.
+    statistic: of totals [n, columns], [n, metrics] or [n]; smooth in them, such as a ratio, or a difference of two. A pair
+    of SAEs measured on the same groups goes in side by side, and the interval of their difference is paired.
+
+    In each resample t is (estimate - that of all groups) / its standard error, which comes from the groups' influences
+    (infinitesimal jackknife, the gradient by central differences). With few or unequal groups the standard error falls
+    where the estimate does, so that percentiles of the estimate alone cover too little: `benchmarks/coverage.py`. Ends may
+    lie outside of a metric's range. nan below two groups; so is a metric of a column with a sum that is not finite.
     """
-    groups = sums.shape[0]
-    if groups < 2:
-        return np.full((resamples, sums.shape[1]), np.nan)
-    sums = np.where(np.isfinite(sums).all(0), sums, np.nan)
-    rng = np.random.default_rng(seed)
-    chunk = max(1, min(resamples, 4_000_000 // groups))
-    parts = []
-    for start in range(0, resamples, chunk):
-        n = min(chunk, resamples - start)
-        weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=n)  # [n, groups]
-        parts.append(weights @ sums)
-    return np.concatenate(parts)
+    parts = [samples] if isinstance(samples, np.ndarray) else list(samples)
+    finite = np.concatenate([np.isfinite(part).all(0) for part in parts])
+    parts = [np.where(np.isfinite(part).all(0), part, 0.0) for part in parts]
+    columns = len(finite)
+    scale = np.concatenate([np.sqrt(np.square(part).sum(0)) for part in parts])
+    step = STEP * np.where(scale > 0, scale, 1.0)
+    moved = np.concatenate([np.zeros((1, columns)), np.diag(step), -np.diag(step)])
+    products = [_products(part) for part in parts]
 
+    def measure(weights: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Estimates [n, metrics] and their standard errors where groups count as `weights` [n, groups] say."""
+        drawn = [w @ part for w, part in zip(weights, parts, strict=True)]
+        totals = np.where(finite, np.concatenate(drawn, axis=1), np.nan)
+        values = statistic((totals + moved[:, None]).reshape(-1, columns)).reshape(len(moved), len(totals), -1)
+        slopes = (values[1 : columns + 1] - values[columns + 1 :]) / (2 * step[:, None, None])
+        slopes = np.ascontiguousarray(slopes.transpose(1, 0, 2))  # [n, columns, metrics]
+        variance, first = np.zeros(values.shape[1:]), 0
+        for w, part, product, total in zip(weights, parts, products, drawn, strict=True):
+            groups, width = part.shape
+            slope = slopes[:, first : (first := first + width)]
+            upper = np.triu_indices(width)
+            second = np.empty((len(w), width, width))  # Σ of a group's sums by its sums
+            second[:, upper[0], upper[1]] = second[:, upper[1], upper[0]] = w @ product
+            about = (slope * (second @ slope)).sum(1) - (total[:, :, None] * slope).sum(1) ** 2 / groups
+            variance += about * groups / max(groups - 1, 1)
+        rounding = ROUNDING * np.square(slopes * scale[:, None]).sum(1)
+        return values[0], np.sqrt(np.where(variance <= rounding, 0.0, variance))
 
-def percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The middle `confidence` of values [resamples]; (nan, nan) if any is nan."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        value, error = (found[0] for found in measure([np.ones((1, len(part))) for part in parts]))
+        if min(map(len, parts)) < 2:
+            return Intervals(value, *np.full((2, len(value)), np.nan))
+        rngs = [np.random.default_rng(seed + i) for i in range(len(parts))]
+        at_once = max(1, AT_ONCE // max(*map(len, parts), columns * (2 * columns + 1)))
+        ts = []
+        for start in range(0, resamples, at_once):
+            n = min(at_once, resamples - start)
+            found, errors = measure([_draw(rng, len(part), n) for rng, part in zip(rngs, parts, strict=True)])
+            ts.append(np.where(found == value, 0.0, (found - value) / errors))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    t = np.quantile(np.concatenate(ts), [1 - tail, tail], axis=0, method="inverted_cdf")  # of inf too
+    with np.errstate(invalid="ignore"):
+        low, high = (np.where(error == 0, value, value - end * error) for end in t)
+    return Intervals(value, low, high)
+
+
+def _products(part: np.ndarray) -> np.ndarray:
+    """Products of each two columns [groups, columns (columns + 1) / 2] of sums [groups, columns]."""
+    one, two = np.triu_indices(part.shape[1])
+    return part[:, one] * part[:, two]
+
+
+def _draw(rng: np.random.Generator, groups: int, resamples: int) -> np.ndarray:
+    """How often each group is drawn [resamples, groups]."""
+    return rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(np.float64)
+
+
+def effective_groups(sizes: np.ndarray) -> float:
+    """How many groups of one size say as much as groups of these sizes [groups], (Σn)² / Σn² (Kish 1965, §11.7); or 0."""
+    sizes = np.asarray(sizes, np.float64)
+    squared = np.square(sizes).sum()
+    return float(sizes.sum() ** 2 / squared) if squared > 0 else 0.0
 
 
 def group_weights(groups: int, resamples: int, seed: int = 0) -> np.ndarray:

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from raysae.evaluate.fidelity import exact_share, group_sums, resampled
-from raysae.evaluate.statistics import percentile_interval
+from raysae.evaluate.fidelity import counted_by, exact_share, group_sums, values_of
+from raysae.evaluate.statistics import intervals
 
 METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta", "kl")
 
@@ -32,17 +33,21 @@ def compare(
     sums = [group_sums(root, names) for root, names, _ in (home, away)]
     found: dict[str, dict[str, Any]] = {}
     for sae_id in saes:
-        drawn = [
-            resampled(by[sae_id], exact_share(by[sae_id], place[2][sae_id]["fvu"]), resamples, seed + k)
-            for k, (by, place) in enumerate(zip(sums, (home, away), strict=True))
-        ]
+        exact = [exact_share(by[sae_id], place[2][sae_id]["fvu"]) for by, place in zip(sums, (home, away), strict=True)]
         found[sae_id] = {"n_rows": away[2][sae_id]["n_rows"], "n_groups": away[2][sae_id]["n_groups"]}
         for name in METRICS:
             here, there = (place[2][sae_id] for place in (home, away))
             ratio = low = high = math.nan
             if here[f"{name}_low"] > 0 or here[f"{name}_high"] < 0:
                 ratio = there[name] / here[name]
-                low, high = percentile_interval(drawn[1][name].to_numpy() / drawn[0][name].to_numpy(), confidence)
+                both = [by[sae_id][by[sae_id][counted_by(name)] > 0] for by in sums]
+                of = [values_of([name], e, part.columns) for e, part in zip(exact, both, strict=True)]
+
+                def values(totals: np.ndarray, of: Any = of, width: int = both[0].shape[1]) -> np.ndarray:
+                    return of[1](totals[:, width:]) / of[0](totals[:, :width])
+
+                found_ends = intervals([part.to_numpy() for part in both], values, resamples, confidence, seed)
+                low, high = float(found_ends.low[0]), float(found_ends.high[0])
             found[sae_id][name] = {
                 "home": here[name], "home_low": here[f"{name}_low"], "home_high": here[f"{name}_high"],
                 "away": there[name], "away_low": there[f"{name}_low"], "away_high": there[f"{name}_high"],

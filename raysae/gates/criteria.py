@@ -35,6 +35,11 @@ SPARSITY = ("l0", *SHARES)
 AS_DENSE = 0.95
 """A null is compared with an SAE if its L0 is no lower, to so much: more latents on bring it nearer to the activations."""
 OF_THE_MODEL = ("ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "n_scored_tokens")
+OF_TRAINING = ("dead_fraction",)
+OF_LATENTS = ("stability_mmcs", "stability_recurring_fraction")
+FACTS = ("d_sae", "expansion_factor")
+ENOUGH_GROUPS = 20
+"""Groups of equal size below which intervals miss the truth too often (`benchmarks/coverage.py`), so that none decides."""
 MOST_ACTIVE = 0.5
 """An SAE whose L0 is more than this share of d_in, or of its latents (SHARES), is dense: it meets no upper bound on L0,
 however lax. With as many latents on as its input has dimensions, any change of basis is faithful."""
@@ -184,6 +189,9 @@ class Verdict:
     low: float
     high: float
     n: int
+    """What the metric rests on: rows, scored tokens, training tokens (dead latents), or latents (their stability)."""
+    n_groups: int
+    """Groups that these are of; 0 where the metric's interval is not over groups."""
     baseline_value: float | None
     """The best value among the controls of `must_beat`; None where there are none."""
     verdict: Literal["pass", "fail", "waived"]
@@ -275,21 +283,24 @@ def apply(
     criteria, by their words, that need not hold. difference: of two SAEs by their ids, `sae_id` in the metrics; without
     it intervals must not overlap.
     """
-    n = _number(metrics, "n_rows")
     verdicts = []
     for given in gate.criteria:
         c = given.asked(metrics)
         found = measured(metrics, c.metric)
         rivals = {name: measured(control, c.metric) for name, control in _rivals(c, metrics, controls or {}).items()}
         apart = _differences(c, metrics, rivals, difference)
-        reasons = [_misses_bound(c, found, metrics), _is_dense(c, metrics), _misses_controls(c, found, rivals, apart)]
-        reasons = [reason for reason in reasons if reason]
+        misses = (
+            _misses_bound(c, found, metrics), _wants_groups(c, metrics), _is_dense(c, metrics),
+            _misses_controls(c, found, rivals, apart),
+        )  # fmt: skip
+        reasons = [reason for reason in misses if reason]
         baselines = [rival.value for rival in rivals.values()]
         verdicts.append(
             Verdict(
                 phase=gate.name,
                 **found._asdict(),
-                n=int(n) if math.isfinite(n) else 0,
+                n=_count(metrics, rests_on(c.metric)[0]),
+                n_groups=_count(metrics, rests_on(c.metric)[1]),
                 baseline_value=(min if c.below else max)(baselines, default=None),
                 verdict="pass" if not reasons else "waived" if c.criterion in waived else "fail",
                 reason="; ".join(reasons),
@@ -380,6 +391,33 @@ def _misses_bound(c: Criterion, found: Measured, metrics: Mapping[str, Any]) -> 
     return f"{c.metric} {value:.4g} [{low:.4g}, {high:.4g}], the whole interval must be {c.op} {c.threshold:g}"
 
 
+def rests_on(metric: str) -> tuple[str, str]:
+    """Columns that count what a metric rests on, and its groups; empty where nothing is counted."""
+    if metric in FACTS:
+        return "", ""
+    if metric in OF_TRAINING:
+        return "dead_window_tokens", ""
+    if metric in OF_LATENTS:
+        return "stability_latents", ""
+    return ("n_scored_tokens", "n_scored_groups") if metric in OF_THE_MODEL else ("n_rows", "n_groups")
+
+
+def _wants_groups(c: Criterion, metrics: Mapping[str, Any]) -> str:
+    """Why the metric's interval decides nothing, for want of groups; empty if it may, or need not.
+
+    Unequal groups count as fewer (`statistics.effective_groups`).
+    """
+    counted = rests_on(c.metric)[1]
+    if c.confidence == "point" or not counted:
+        return ""
+    groups = _number(metrics, counted)
+    effective = _number(metrics, counted.replace("n_", "effective_"))
+    if not min(groups, effective) < ENOUGH_GROUPS:
+        return ""
+    alike = "" if round(effective) == groups else f", which count as {effective:.0f} of equal size"
+    return f"for want of groups: {c.metric} rests on {groups:.0f}{alike}, and an interval takes {ENOUGH_GROUPS}"
+
+
 def _is_dense(c: Criterion, metrics: Mapping[str, Any]) -> str:
     """Why no upper bound on L0 holds for a dense SAE; empty for other criteria and SAEs."""
     if c.metric in SPARSITY and c.below:
@@ -421,6 +459,12 @@ def _number(metrics: Mapping[str, Any], name: str) -> float:
     """A metric as a float; NaN where it is missing."""
     value = metrics.get(name)
     return math.nan if value is None else float(value)
+
+
+def _count(metrics: Mapping[str, Any], name: str) -> int:
+    """A count; 0 where it is missing."""
+    n = _number(metrics, name)
+    return int(n) if math.isfinite(n) else 0
 
 
 def passes(verdicts: list[Verdict]) -> bool:

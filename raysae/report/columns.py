@@ -127,7 +127,9 @@ COLUMNS = (
     Column("unique_tokens", "Unique tokens", "count", "different token rows seen in training"),
     Column("dead_window_tokens", "Dead window, tokens", "count", "training tokens over which silence means dead"),
     Column("n_rows", "Rows measured", "count", "token rows behind FVU and L0"),
+    Column("n_groups", "Groups measured", "count", "groups (documents, problems) that these rows are of"),
     Column("n_scored_tokens", "Tokens scored", "count", "tokens behind the cross-entropies and KL"),
+    Column("n_scored_groups", "Groups scored", "count", "groups that these tokens are of"),
     Column("train_seconds", "Training, s", "seconds", "wall time of the SAE's share of its pack"),
 )
 BY_NAME = {column.name: column for column in COLUMNS}

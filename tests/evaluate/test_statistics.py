@@ -4,23 +4,25 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from raysae.evaluate.statistics import (
     auroc,
-    bootstrap_totals,
     cohens_d,
+    effective_groups,
     group_weights,
     interval,
+    intervals,
     largest_d_null,
     paired_permutation,
-    percentile_interval,
 )
 
 
 def bootstrap_interval(sums, statistic, resamples, confidence, seed=0):
-    return percentile_interval(statistic(bootstrap_totals(sums, resamples, seed)), confidence)
+    found = intervals(sums, statistic, resamples, confidence, seed)
+    return float(found.low[0]), float(found.high[0])
 
 
 def ratio(totals):
@@ -34,15 +36,63 @@ def draw(rng, groups):
     return np.stack([sizes * effects + np.sqrt(sizes) * rng.normal(0, 0.3, groups), sizes], axis=1)
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_intervals_cover_the_truth_at_about_their_rate(confidence):
+@pytest.mark.parametrize("groups,confidence,short", [(20, 0.95, 0.035), (40, 0.8, 0.06)])
+def test_intervals_cover_the_truth_at_about_their_rate(groups, confidence, short):
+    """Sums whose groups differ in size and skew, where percentiles of 20 groups' resamples cover 0.88 for 0.95."""
     rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(400):
-        low, high = bootstrap_interval(draw(rng, 50), ratio, 400, confidence, seed=trial)
+    trials, hits = 300, 0
+    for trial in range(trials):
+        sizes = rng.integers(1, 20, groups)
+        sums = np.stack([sizes * rng.lognormal(-0.125, 0.5, groups), sizes], axis=1)  # of mean 1
+        low, high = bootstrap_interval(sums, ratio, 300, confidence, seed=trial)
         hits += low <= 1 <= high
-    # A percentile interval of 50 groups falls a little short; 400 trials add a standard error of 1-2 points.
-    assert confidence - 0.06 < hits / 400 < confidence + 0.04
+    assert confidence - short < hits / trials < confidence + 0.05
+
+
+def test_an_interval_is_that_of_students_t_where_it_must_be():
+    """The mean of normal values."""
+    values = np.random.default_rng(0).normal(3, 1, 40)
+    low, high = bootstrap_interval(np.stack([values, np.ones(40)], 1), ratio, 20_000, 0.95)
+    expected = stats.t.interval(0.95, 39, values.mean(), values.std(ddof=1) / np.sqrt(40))
+    assert (low, high) == pytest.approx(expected, abs=0.06)
+    half = intervals(values[:, None], lambda t: t / 40, 20_000, 0.95)
+    assert (half.low[0], half.high[0]) == pytest.approx(
+        (low, high), abs=1e-6
+    )  # a count that does not vary tells nothing
+
+
+def test_what_does_not_vary_has_an_interval_of_no_width():
+    sizes = np.arange(1.0, 30)
+    for of in (ratio, lambda t: np.log(t[:, 0] / t[:, 1])):
+        found = intervals(np.stack([8 * sizes, sizes], 1), of, 200, 0.95)
+        assert found.low == found.value == found.high
+
+
+def test_a_paired_difference_is_of_the_same_groups():
+    """Two that vary alike: their difference is known far better than either."""
+    rng = np.random.default_rng(0)
+    size, hard = rng.integers(5, 50, 60), rng.gamma(1, size=60)
+    one, two = (size * hard * share * (1 + 0.02 * rng.standard_normal(60)) for share in (0.10, 0.11))
+    both = np.stack([one, two, size], 1)
+    found = intervals(
+        both, lambda t: np.stack([t[:, 0] / t[:, 2], t[:, 1] / t[:, 2], (t[:, 0] - t[:, 1]) / t[:, 2]], 1), 500, 0.95
+    )
+    assert found.high[0] > found.low[1] and found.high[2] < 0
+
+
+def test_samples_of_their_own_groups_are_drawn_apart():
+    """The variance of a difference of two independent means is the sum of theirs."""
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(3, 1, (60, 1)), rng.normal(1, 2, (30, 1))
+    found = intervals([one, two], lambda t: t[:, 0] / 60 - t[:, 1] / 30, 4000, 0.95)
+    expected = stats.ttest_ind(one[:, 0], two[:, 0], equal_var=False).confidence_interval(0.95)
+    assert (found.low[0], found.high[0]) == pytest.approx((expected.low, expected.high), abs=0.1)
+
+
+def test_unequal_groups_count_as_fewer():
+    assert effective_groups(np.full(30, 7)) == pytest.approx(30)
+    assert effective_groups(np.array([1.0, 1, 1, 1, 1000, 0])) == pytest.approx(1, abs=0.01)
+    assert effective_groups(np.zeros(3)) == effective_groups(np.zeros(0)) == 0
 
 
 def test_the_interval_holds_the_estimate_and_shrinks_with_groups():
@@ -79,8 +129,9 @@ def test_a_column_that_is_not_finite_spoils_no_other():
     sums = draw(np.random.default_rng(4), 30)
     spoilt = np.concatenate([sums, np.full((30, 1), 1.0)], axis=1)
     spoilt[3, 2] = np.inf
-    totals = bootstrap_totals(spoilt, 100, 0)
-    assert np.array_equal(totals[:, :2], bootstrap_totals(sums, 100, 0)) and np.isnan(totals[:, 2]).all()
+    found = intervals(spoilt, lambda t: np.stack([ratio(t), t[:, 2] / t[:, 1]], 1), 100, 0.9)
+    low, high = bootstrap_interval(sums, ratio, 100, 0.9)
+    assert (found.low[0], found.high[0]) == pytest.approx((low, high)) and np.isnan([found.low[1], found.high[1]]).all()
 
 
 def test_auroc_equals_sklearns_with_ties_and_weights():

@@ -27,6 +27,12 @@ from raysae.sae.sae import SAE
 SHIPPED = sorted((Path(__file__).parents[2] / "configs/gates").glob("*.yaml"))
 
 
+COUNTS = {
+    "n_rows": 70.0, "n_groups": 7, "n_scored_tokens": 50, "n_scored_groups": 5, "dead_window_tokens": 900,
+    "stability_latents": 30,
+}  # fmt: skip
+
+
 def gate_of(*criteria):
     """A gate of (metric, op, threshold[, mandatory])."""
     names = ("metric", "op", "threshold", "mandatory")
@@ -84,10 +90,10 @@ def test_every_mandatory_criterion_must_hold_and_no_other():
 
 
 def test_a_verdict_carries_its_value_interval_and_reason():
-    (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": 0.25, "fvu_low": 0.2, "fvu_high": 0.3, "n_rows": 70.0})
+    (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": 0.25, "fvu_low": 0.2, "fvu_high": 0.3} | COUNTS)
     assert verdict.record() == {
         "phase": "toy", "criterion": "fvu is right", "metric": "fvu", "op": "<=", "threshold": 0.2, "confidence": "point",
-        "must_beat": None, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3, "n": 70,
+        "must_beat": None, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3, "n": 70, "n_groups": 7,
         "baseline_value": None, "verdict": "fail", "reason": "fvu 0.25, must be <= 0.2", "instead_of": None,
     }  # fmt: skip
     assert verdict.shortfall == pytest.approx(0.25)
@@ -113,6 +119,37 @@ def around(metric, value, by, site="s"):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Confidence
+
+
+@pytest.mark.parametrize(
+    "metric,n,n_groups",
+    [("fvu", 70, 7), ("ce_delta", 50, 5), ("dead_fraction", 900, 0), ("stability_mmcs", 30, 0), ("d_sae", 0, 0)],
+)
+def test_a_verdict_counts_what_its_metric_rests_on(metric, n, n_groups):
+    verdict = judged({"metric": metric}, COUNTS)
+    assert (verdict.n, verdict.n_groups) == (n, n_groups)
+
+
+@pytest.mark.parametrize(
+    "groups,effective,said",
+    [
+        (20, 20.0, ""),
+        (19, 19.0, "for want of groups: fvu rests on 19, and an interval takes 20"),
+        (300, 12.4, "rests on 300, which count as 12 of equal size"),
+    ],
+)
+def test_an_interval_of_few_or_unequal_groups_decides_nothing(groups, effective, said):
+    metrics = around("fvu", 0.1, 0.01) | {"n_groups": groups, "effective_groups": effective}
+    verdict = judged({"metric": "fvu", "confidence": "interval"}, metrics)
+    assert said in verdict.reason and (verdict.verdict == "pass") is not said if said else verdict.verdict == "pass"
+    assert judged({"metric": "fvu"}, metrics).verdict == "pass"  # a point asks for none
+
+
+def test_what_is_scored_has_groups_of_its_own():
+    metrics = around("ce_delta", 0.1, 0.01) | {"n_groups": 300, "effective_groups": 300.0}
+    metrics |= {"n_scored_groups": 9, "effective_scored_groups": 9.0}
+    assert "want of groups" in judged({"metric": "ce_delta", "confidence": "interval"}, metrics).reason
+    assert judged({"metric": "fvu", "confidence": "interval"}, metrics | around("fvu", 0.1, 0.01)).verdict == "pass"
 
 
 @pytest.mark.parametrize(
