@@ -43,8 +43,10 @@ from raysae.files import write_json as write_json
 MANIFEST = "manifest.json"
 LAYOUT = 2
 """Of the manifest; raised when a stage of an older raysae can no longer be checked against its own."""
-UNREAD = ("tune", "attempts")
-"""Parts of a stage that no later one reads: Tune's own records, and who tried what."""
+UNREAD = ("tune", "attempts", "state")
+"""Parts of a stage that no later one reads: Tune's own records, who tried what, and where the failed could go on from."""
+FAILED = "failed"
+"""In a manifest: parts of the stage that failed for good, and why. A run goes on without; the next tries them again."""
 
 
 class NotMade(LookupError):
@@ -58,6 +60,12 @@ class Stage:
     path: Path
     manifest: dict[str, Any]
     reused: bool
+
+    @property
+    def key(self) -> str:
+        """What names it in a later stage's inputs: its folder, and what failed, which a rerun may mend."""
+        failed = sorted(self.manifest.get(FAILED) or ())
+        return self.path.name + (f"-without-{fingerprint(failed)}" if failed else "")
 
     def verify(self) -> None:
         """Compare every file with its sha256; Damaged, in one line, for the first that differs."""
@@ -101,11 +109,12 @@ def stage(
     """Run `build(directory)` unless the stage of these `inputs` is finished.
 
     `build` fills the directory, resuming what it finds there, and returns the manifest's content; a `cost` entry (gpu
-    seconds, tokens, bytes) reaches the ledger. Changing anything in `inputs` names another directory.
+    seconds, tokens, bytes) reaches the ledger. Changing anything in `inputs` names another directory. Where the manifest
+    says that parts FAILED, the stage stands for the run that made it, and is built again by the next.
     """
     path = stage_path(root, name, inputs)
     with suppress(NotMade):
-        return finished_stage(root, name, inputs)
+        return _without_failures(root, name, inputs)
     lock = lock_of(root, path.name)
     try:
         lock.acquire(timeout=0)
@@ -114,8 +123,9 @@ def stage(
         lock.acquire()
     try:
         with suppress(NotMade):
-            return finished_stage(root, name, inputs)
+            return _without_failures(root, name, inputs)
         path.mkdir(exist_ok=True)  # under the lock: who had it before may have removed it
+        (path / MANIFEST).unlink(missing_ok=True)
         remove_temporaries(path)
         start = time.perf_counter()
         made = dict(build(path))
@@ -130,6 +140,13 @@ def stage(
         ):  # a mistake that was found before anything was made leaves nothing
             path.rmdir()
         lock.release()
+
+
+def _without_failures(root: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
+    made = finished_stage(root, name, inputs)
+    if made.manifest.get(FAILED):
+        raise NotMade(name)
+    return made
 
 
 def lock_of(root: Path, name: str) -> FileLock:

@@ -61,7 +61,7 @@ class Evidence(Stages):
                 say(f"nulls: the training of {name} diverged; it is left out")
             return {"nulls": made, "cost": spent}
 
-        inputs = {"sweep": saes.path.name, "store": store.path.name, "kinds": list(kinds), "seed": self.config.seed}
+        inputs = {"sweep": saes.key, "store": store.path.name, "kinds": list(kinds), "seed": self.config.seed}
         return self._stage("nulls", inputs, build)
 
     def _own_nulls(self, saes: Stage, store: Stage, tokens: Stage) -> Stage:
@@ -191,7 +191,7 @@ class Evidence(Stages):
             return {"cost": {"tokens": sum(made["rows"].values()), **cost}}
 
         inputs = {
-            "sweep": saes.path.name, "tokens": tokens.path.name, "sae_id": sae_id, "examples": e.invariance,
+            "sweep": saes.key, "tokens": tokens.path.name, "sae_id": sae_id, "examples": e.invariance,
             "bootstrap": e.bootstrap, "confidence": e.confidence, "seed": seed,
         }  # fmt: skip
         return self._stage("invariance", inputs, build)
@@ -217,7 +217,7 @@ class Evidence(Stages):
             return {"sae_id": sae_id, "labels": list(p.labels)}
 
         inputs = {
-            "sweep": saes.path.name,
+            "sweep": saes.key,
             "sae": sae_id,
             "records": records.path.name,
             "store": store.path.name,
@@ -251,7 +251,7 @@ class Evidence(Stages):
             return {"cost": {"tokens": rows, **of_driver(perf_counter() - start)}}
 
         inputs = {
-            "sweep": saes.path.name,
+            "sweep": saes.key,
             "sae": sae_id,
             "split": "validation",
             **e.model_dump(mode="json", include={"feature_rows", "contexts", "bootstrap", "confidence"}),

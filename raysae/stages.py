@@ -7,6 +7,7 @@ is started only if a stage has work for it.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
-from raysae.artifacts import Stage, fingerprint, finished_stage, sha256_of, stage, write_json
+from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, sha256_of, stage, write_json
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
@@ -27,7 +28,7 @@ from raysae.data.records import read_records, write_records
 from raysae.data.sources import load_problems
 from raysae.data.splits import divide, unseen
 from raysae.data.tokens import tokenize
-from raysae.errors import UserError
+from raysae.errors import Fault, UserError
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
 from raysae.models.registry import default_site
@@ -36,7 +37,7 @@ from raysae.progress import Progress, say
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
 from raysae.sae.train import Recipe
-from raysae.sweep.collect import curves, training_table
+from raysae.sweep.collect import asked, curves, ended, training_table
 from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe
 
@@ -223,6 +224,7 @@ class Stages:
         widths = {site: opened.d_model(site) for site in opened.sites}
         plan, ranges = self.points(widths), coefficients(s)[0]
         shared, common = self.recipe(), self.common(opened)
+        tokens_each = shared.steps * shared.batch_size
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.sweep.on_ray import PackSearch, run_sweep
@@ -231,27 +233,39 @@ class Stages:
             pack_size = self.pack_size(placement)
             for line in [*self.cut, *far_from_zero(common.offsets)]:
                 say(line)
-            search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed)
+            there = ended(path, tokens_each)
+            if there:
+                say(f"sweep: {len(there)} SAEs are there already")
+            search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed, path, there)
             trial = self._trial(path, store, tokens)
             prune = s.prune.margin if s.prune.enabled and not self.replay else None
             grace = max(s.prune.grace_fraction, t.sparsity_warmup_fraction, t.warmup_fraction)
             say(
-                f"sweep: {len(plan) * len(s.seeds)} SAEs of {shared.steps * t.batch_size:,} tokens each, "
+                f"sweep: {len(plan) * len(s.seeds)} SAEs of {tokens_each:,} tokens each, "
                 f"{placement.workers} at once; watch: tensorboard --logdir {path / 'tune'}"
             )
             errors = run_sweep(
                 search, trial, placement, self.config.cluster.max_restarts, prune,
-                grace * shared.steps * t.batch_size, self.config.tracking.wandb_project,
+                grace * tokens_each, self.config.tracking.wandb_project,
                 self.replay.stops if self.replay else {},
             )  # fmt: skip
-            table = training_table(path, errors, opened.rows("train"), shared.dead_after_tokens)
+            ids = asked(plan, widths, s.seeds, common, path)
+            if ids is None:
+                raise Fault("sweep: it ended before every SAE was proposed; the same command goes on from here")
+            table = training_table(path, errors, ids, tokens_each, opened.rows("train"), shared.dead_after_tokens)
             if not (table["status"] != "error").any():
-                raise RuntimeError(f"every trial failed; the first: {table['status_reason'].iloc[0]}")
+                raise Fault(f"sweep: every trial failed; the first: {table['status_reason'].iloc[0]}")
+            failed = table[table["status"] == "error"].set_index("sae_id")["status_reason"].to_dict()
+            if failed:
+                say(f"sweep: {len(failed)} of {len(ids)} SAEs failed; the run goes on without, a rerun tries them again")
+            else:
+                shutil.rmtree(path / "state", ignore_errors=True)
             table.to_parquet(path / "table.parquet", index=False)
             curves(path).to_parquet(path / "curves.parquet", index=False)
             trained = float(table["train_seconds"].sum())
             return {
                 "saes": len(table),
+                FAILED: failed,
                 "cost": {"tokens": int(table["tokens"].sum()), **replace(placement, workers=1).held(trained)},
             }
 
@@ -296,7 +310,7 @@ class Stages:
             return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
 
         inputs = {
-            "sweep": saes.path.name if saes else None,
+            "sweep": saes.key if saes else None,
             "nulls": nulls.path.name if nulls else None,
             "split": split,
             "only": only,

@@ -351,12 +351,14 @@ class Pack:
         (directory / "pack.json").write_text(json.dumps(facts))
 
     def load(self, directory: Path) -> None:
-        """Take up the state that `save` wrote; members that were dropped by then are dropped."""
+        """Take up the state that `save` wrote; members that were dropped by then are dropped, others in it left there."""
         facts = json.loads((directory / "pack.json").read_text())
         saved = {m["sae_id"]: m for m in facts["members"]}
         self.drop([sae_id for sae_id in list(self._members) if sae_id not in saved])
         for i, (sae_id, member) in enumerate(saved.items()):
-            trained = self._members[sae_id]
+            trained = self._members.get(sae_id)
+            if trained is None:
+                continue
             trained.load(load_tensors(directory / f"{i}.safetensors"))
             trained.loss, trained.finite = member["loss"], member["finite"]
         self.step = facts["step"]

@@ -1,16 +1,23 @@
-"""The sweep's outcome from the files its trials wrote: one row per SAE, and the training curves."""
+"""What the trials of a sweep left on disk: what was asked of it, what has ended, one row per SAE, the training curves.
+
+These files are all that a sweep goes on from after an interrupt: `saes/`, `history/`, `pruned/`, `proposed/` (what Optuna
+chose) and `state/` (of packs in training). Ray Tune's own state is not among them: half of it can be gone.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError, safe_open
 
-from raysae.artifacts import read_json
+from raysae.artifacts import read_json, write_json
+from raysae.errors import Fault
 from raysae.sae.architectures import COEFFICIENTS
+from raysae.sweep.space import Common, Proposal, members
 
 FACTS = [
     "sae_id", "site", "architecture", "d_in", "d_sae", "expansion_factor", *COEFFICIENTS, "seed",
@@ -24,15 +31,91 @@ CURVES = ["sae_id", "tokens", "fvu", "l0", "loss", "dead_fraction", "learning_ra
 
 def curves(root: Path) -> pd.DataFrame:
     """The training curves below `root/history`: CURVES, and each loss term's share of the gradient as `share_<term>`."""
-    rungs = _history(root)
+    rungs = history(root)
     return rungs[CURVES + [name for name in rungs if name.startswith("share_")]]
 
 
-def _history(root: Path) -> pd.DataFrame:
+def history(root: Path) -> pd.DataFrame:
     """Every rung of every SAE, the last writing of each."""
-    lines = [json.loads(line) for file in sorted((root / "history").glob("*.jsonl")) for line in file.open()]
-    frame = pd.DataFrame(lines)
+    frame = pd.DataFrame([rung for file in sorted((root / "history").glob("*.jsonl")) for rung in read_rungs(file)])
+    if frame.empty:
+        return frame
     return frame.drop_duplicates(["sae_id", "tokens"], keep="last").sort_values(["sae_id", "tokens"], ignore_index=True)
+
+
+def read_rungs(file: Path) -> list[dict[str, Any]]:
+    """The rungs of an SAE's history, up to a line that is not whole (a full disk): a resumed trial writes them again."""
+    found: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        try:
+            rung = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(rung, dict):
+            break
+        found.append(rung)
+    return found
+
+
+def note_proposal(root: Path, index: int, coefficient: float) -> None:
+    """Keep what was chosen for a proposal, for a driver that comes after."""
+    (root / "proposed").mkdir(parents=True, exist_ok=True)
+    write_json(root / "proposed" / f"{index:03d}.json", {"coefficient": coefficient})
+
+
+def noted_proposal(root: Path, index: int) -> float | None:
+    """The coefficient that an earlier driver chose for a proposal, if it did."""
+    found = _read_if_whole(root / "proposed" / f"{index:03d}.json").get("coefficient")
+    return found if isinstance(found, (int, float)) else None
+
+
+def asked(
+    plan: Sequence[Proposal], widths: Mapping[str, int], seeds: Sequence[int], common: Common, root: Path
+) -> list[str] | None:
+    """The ids of all SAEs of a plan; None while coefficients of it are still to be chosen."""
+    ids: list[str] = []
+    for p in plan:
+        coefficient = noted_proposal(root, p.index) if p.coefficient is None else p.coefficient
+        if coefficient is None:
+            return None
+        ids += [member.sae_id for member in members(p, coefficient, widths[p.site], seeds, common)]
+    return ids
+
+
+def ended(root: Path, tokens: int) -> dict[str, dict[str, Any]]:
+    """The last rung, by id, of SAEs that have nothing left to do: stopped by rule, or at their last token and then saved
+    or diverged."""
+    all_rungs = history(root)
+    found = {}
+    for last in all_rungs.groupby("sae_id").tail(1).to_dict("records") if len(all_rungs) else ():
+        sae_id = str(last["sae_id"])
+        whole = last["tokens"] >= tokens and (last["diverged"] or _saved(root / "saes" / sae_id))
+        if whole or pruned(root, sae_id) is not None:
+            found[sae_id] = {str(name): value for name, value in last.items()}
+    return found
+
+
+def pruned(root: Path, sae_id: str) -> str | None:
+    """Why an SAE was stopped by rule, or None."""
+    return _read_if_whole(root / "pruned" / f"{sae_id}.json").get("reason")
+
+
+def _saved(directory: Path) -> bool:
+    """Whether an SAE lies there whole: its config can be read, and its weights are as long as their header says."""
+    try:
+        with safe_open(directory / "sae_weights.safetensors", "pt"):
+            return isinstance(read_json(directory / "cfg.json"), dict)
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _read_if_whole(file: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty where there is none, or half of it."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def alike(table: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
@@ -44,34 +127,41 @@ def alike(table: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def training_table(
-    root: Path, errors: Mapping[str, Mapping[str, Any]], unique_tokens: int, dead_window: int
+    root: Path,
+    errors: Mapping[str, Mapping[str, Any]],
+    ids: Sequence[str],
+    tokens: int,
+    unique_tokens: int,
+    dead_window: int,
 ) -> pd.DataFrame:
-    """One row per SAE (columns FACTS): its last rung, and what became of it.
+    """One row per SAE of `ids`, each to see so many `tokens` (columns FACTS): its last rung, and what became of it.
 
     status: completed, pruned (with the reason), diverged, or error. `errors` maps sae_id to {facts..., message} for
-    trials that failed for good. Fidelity is measured later, on whole splits.
+    trials that failed for good. Fidelity is measured later, on whole splits. Raises Fault where nothing is known of an
+    SAE's end: the sweep was left before it.
     """
-    last = (
-        _history(root).groupby("sae_id", sort=False).tail(1).set_index("sae_id")
-        if (root / "history").exists()
-        else None
-    )
-    rows = []
-    for sae_id, facts in ({} if last is None else last.to_dict("index")).items():
-        status, reason = "error", errors.get(str(sae_id), {}).get("message", "its trial did not finish")
-        pruned = root / "pruned" / f"{sae_id}.json"
-        if facts["diverged"]:
+    last = {r["sae_id"]: r for r in history(root).to_dict("records")}
+    over, rows, absent = ended(root, tokens), list[dict[str, Any]](), list[str]()
+    for sae_id in ids:
+        if sae_id in over and over[sae_id]["diverged"]:
             status, reason = "diverged", "its loss is no longer finite"
-        elif (root / "saes" / str(sae_id) / "cfg.json").exists():
+        elif sae_id in over and _saved(root / "saes" / sae_id):
             status, reason = "completed", ""
-        elif pruned.exists():
-            status, reason = "pruned", read_json(pruned)["reason"]
-        peak = facts["peak_learning_rate"]  # the last rung's own rate has decayed
-        rows.append(facts | {"sae_id": sae_id, "learning_rate": peak, "status": status, "status_reason": reason})
-    known = {row["sae_id"] for row in rows}
-    for sae_id, facts in errors.items():
-        if sae_id not in known:
-            rows.append({**facts, "sae_id": sae_id, "status": "error", "status_reason": facts["message"]})
+        elif sae_id in over:
+            status, reason = "pruned", str(pruned(root, sae_id))
+        elif sae_id in errors:
+            status, reason = "error", errors[sae_id]["message"]
+        else:
+            absent.append(sae_id)
+            continue
+        facts = dict(last.get(sae_id) or errors[sae_id])
+        facts["learning_rate"] = facts.get("peak_learning_rate")  # the last rung's own rate has decayed
+        rows.append(facts | {"sae_id": sae_id, "status": status, "status_reason": reason})
+    if absent:
+        raise Fault(
+            f"sweep: {len(absent)} of {len(ids)} SAEs are not trained to their end, such as {absent[0]}; "
+            "the same command goes on from here"
+        )
     table = pd.DataFrame(rows)
     table["unique_tokens"] = table["tokens"].clip(upper=unique_tokens) if "tokens" in table else 0
     table["dead_window_tokens"] = dead_window

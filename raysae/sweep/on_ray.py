@@ -2,7 +2,8 @@
 
 Three small adapters: `PackSearch` hands Tune one pack after another and tells Optuna how its members did;
 `StopDominated` is a scheduler that applies `prune.reason_to_stop`; `run_trial` is `trial.train_pack` with Tune's
-reports and checkpoints. An experiment that a killed driver left is restored, not begun anew.
+reports. What a killed driver left is taken up from the sweep's own files (`collect`), in an experiment of Tune's that is
+new each time: restoring one needs all of its files whole, and is silently short where one is missing.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import pickle
-import tempfile
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,20 +22,21 @@ import optuna
 import ray
 import torch
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, CLIReporter, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, CLIReporter, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysae.artifacts import write_json
+from raysae.artifacts import fingerprint, write_json
 from raysae.cluster import Placement, device
 from raysae.progress import Progress, say
 from raysae.sae.architectures import COEFFICIENTS, SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.train import Member
+from raysae.sweep import collect
 from raysae.sweep.prune import Standing, reason_to_stop
 from raysae.sweep.replay import Stop
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, members, range_at, width
-from raysae.sweep.trial import Rung, Trial, train_pack
+from raysae.sweep.trial import Rung, Trial, keep_state, last_state, train_pack
 
 OUT_OF_MEMORY = "out_of_memory"
 """In a trial's last report: its pack did not fit the device."""
@@ -43,7 +44,11 @@ OUT_OF_MEMORY = "out_of_memory"
 
 class PackSearch(Searcher):
     """Hands out packs of members. Coefficients that the plan leaves open come from Optuna, one study per site and
-    architecture, minimising (FVU, L0) together; a proposal's seeds share its coefficient and are told as their mean."""
+    architecture, minimising (FVU, L0) together; a proposal's seeds share its coefficient and are told as their mean.
+
+    Below `root` it notes what Optuna chose, and finds what it chose before: a search that is taken up proposes the same
+    again. SAEs that have `ended`, by id with their last rung, are told to Optuna and not handed out.
+    """
 
     def __init__(
         self,
@@ -54,8 +59,11 @@ class PackSearch(Searcher):
         common: Common,
         pack_size: int,
         seed: int,
+        root: Path | None = None,
+        ended: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        self.root, self.ended = root, dict(ended or {})
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.plan, self.widths, self.ranges = list(plan), dict(widths), dict(ranges)
         self.seeds, self.common, self.pack_size, self.seed = list(seeds), common, pack_size, seed
@@ -77,20 +85,44 @@ class PackSearch(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         return True
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether every SAE of the plan has ended."""
+        ids = collect.asked(self.plan, self.widths, self.seeds, self.common, self.root) if self.root else None
+        return ids is not None and set(ids) <= set(self.ended)
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        while (found := self._next_pack()) is not None:
+            site, whole = found
+            pack = [(index, member) for index, member in whole if member.sae_id not in self.ended]
+            if pack:
+                return self._as_config(trial_id, site, pack, fingerprint([member.sae_id for _, member in whole]))
+        # a pack in training may yet come back to be split
+        return None if any(len(pack) > 1 for pack in self.packs.values()) else Searcher.FINISHED
+
+    def _next_pack(self) -> tuple[str, list[tuple[int, Member]]] | None:
+        """The next members to train together, those that have ended among them, so that a pack is the same whenever it is
+        made; None where there are none."""
         while self.next_proposal < len(self.plan) and not any(len(q) >= self.pack_size for q in self.queue.values()):
             proposal = self.plan[self.next_proposal]
             self.next_proposal += 1
             made = members(proposal, self._coefficient(proposal), self.widths[proposal.site], self.seeds, self.common)
             self.queue[proposal.site] += [(proposal.index, member) for member in made]
+            for member in made:
+                if member.sae_id in self.ended:
+                    rung = self.ended[member.sae_id]
+                    self._tell(proposal.index, (rung["fvu"], rung["l0"]))
         ready = [site for site, queue in self.queue.items() if len(queue) >= self.pack_size]
         ready = ready or [site for site, queue in self.queue.items() if queue]
-        if not ready:  # a pack in training may yet come back to be split
-            return None if any(len(pack) > 1 for pack in self.packs.values()) else Searcher.FINISHED
+        if not ready:
+            return None
         site = ready[0]
         pack, self.queue[site] = self.queue[site][: self.pack_size], self.queue[site][self.pack_size :]
+        return site, pack
+
+    def _as_config(self, trial_id: str, site: str, pack: list[tuple[int, Member]], state: str) -> dict[str, Any]:
         self.packs[trial_id], self.sites[trial_id] = pack, site
-        config: dict[str, Any] = {"site": site, "members": [asdict(member) for _, member in pack]}
+        config: dict[str, Any] = {"site": site, "members": [asdict(member) for _, member in pack], "state": state}
         if len(pack) == 1:  # shown in Tune's table and TensorBoard
             c = pack[0][1].config
             config |= {"architecture": c.architecture, "expansion_factor": c.d_sae / c.d_in, "seed": c.seed}
@@ -119,13 +151,20 @@ class PackSearch(Searcher):
             return trial, trial.suggest_float(name, low, high, log=True)
 
         trial, value = ask({})
+        noted = collect.noted_proposal(self.root, proposal.index) if self.root else None
         taken = self.proposed[(*key, proposal.expansion_factor)]
         free = set(range(int(low), int(high) + 1)) - taken if name == "k" else set()
-        if (
-            value in taken and free
-        ):  # k is an integer: rather than the same SAE again, the nearest that is not there yet
+        if noted is not None:
+            other = noted
+        elif value in taken and free:  # k is an integer: rather than the same SAE again, the nearest not there yet
+            other = min(free, key=lambda k: (abs(k - value), k))
+        else:
+            other = value
+        if other != value:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            trial, value = ask({name: min(free, key=lambda k: (abs(k - value), k))})
+            trial, value = ask({name: other})
+        if self.root and noted is None:
+            collect.note_proposal(self.root, proposal.index, value)
         taken.add(value)
         self.open[proposal.index] = (key, trial)
         return value
@@ -145,20 +184,22 @@ class PackSearch(Searcher):
         for index, member in pack:
             sae_id = member.sae_id
             pair = self.last.pop(sae_id, (float("nan"), float("nan")))
-            self.outcomes[index].append(None if error or any(v != v for v in pair) else pair)
-            if index in self.open and len(self.outcomes[index]) == len(self.seeds):
-                key, trial = self.open.pop(index)
-                good = [o for o in self.outcomes[index] if o is not None]
-                if good:
-                    self.studies[key].tell(trial, [sum(v) / len(good) for v in zip(*good, strict=True)])
-                else:
-                    self.studies[key].tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._tell(index, None if error else pair)
+
+    def _tell(self, index: int, pair: tuple[float, float] | None) -> None:
+        """Note (FVU, L0) of one of a proposal's SAEs, None for one that failed; Optuna hears of it when all are there."""
+        self.outcomes[index].append(None if pair is None or any(v != v for v in pair) else pair)
+        if index in self.open and len(self.outcomes[index]) == len(self.seeds):
+            key, trial = self.open.pop(index)
+            good = [o for o in self.outcomes[index] if o is not None]
+            if good:
+                self.studies[key].tell(trial, [sum(v) / len(good) for v in zip(*good, strict=True)])
+            else:
+                self.studies[key].tell(trial, state=optuna.trial.TrialState.FAIL)
 
     def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).write_bytes(pickle.dumps(self.__dict__))
-
-    def restore(self, checkpoint_path: str) -> None:
-        self.__dict__.update(pickle.loads(Path(checkpoint_path).read_bytes()))  # Tune's own file, as all of its state
+        """Tune saves its searchers; this one is never restored from that."""
+        Path(checkpoint_path).touch()
 
 
 class StopDominated(FIFOScheduler):
@@ -168,6 +209,8 @@ class StopDominated(FIFOScheduler):
         super().__init__()
         self.root, self.margin, self.after_tokens = root, margin, after_tokens
         self.rungs: dict[tuple[str, int], dict[str, Standing]] = defaultdict(dict)
+        for rung in collect.history(root).to_dict("records"):  # of an earlier driver
+            self.rungs[rung["site"], rung["tokens"]] |= {s.sae_id: s for s in _standings({rung["sae_id"]: rung})}
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
         found = _metrics_of(result)
@@ -189,7 +232,7 @@ class StopDominated(FIFOScheduler):
 class SweepProgress(Callback):
     """Moves the sweep's progress by the tokens that trials report.
 
-    Tune pickles its callbacks with the experiment and restores them from there, so the bar is the class's, not theirs.
+    Tune pickles its callbacks with the experiment, so the bar is the class's, not theirs.
     """
 
     progress: ClassVar[Progress | None] = None
@@ -215,12 +258,16 @@ def run_trial(
     after_tokens: float,
     stops: Mapping[str, Stop] | None = None,
 ) -> None:
-    """Tune's trainable: one pack from its checkpoint, if it has one, to the end."""
+    """Tune's trainable: one pack from its last rung's state, if it has one, to the end."""
     torch.set_num_threads(threads)
     pack = [
         Member(m["sae_id"], SAEConfig(**m["config"]), m["learning_rate"], Losses(**m["losses"]))
         for m in config["members"]
+        if collect.pruned(trial.root, m["sae_id"]) is None
     ]
+    if not pack:
+        return
+    state = trial.root / "state" / config["state"]
 
     def report(rung: Rung) -> Iterable[str]:
         flat = next(iter(rung.metrics.values())) if len(config["members"]) == 1 else {"members": rung.metrics}
@@ -228,9 +275,8 @@ def run_trial(
         if rung.final:
             tune.report(metrics)
             return []
-        with tempfile.TemporaryDirectory() as directory:
-            rung.save(Path(directory))
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(directory))
+        keep_state(state, rung)
+        tune.report(metrics)
         reasons = {i: s.reason for i, s in (stops or {}).items() if i in rung.metrics and rung.tokens >= s.tokens}
         if len(rung.metrics) > 1 and margin is not None and rung.tokens >= after_tokens:
             standings = _standings(rung.metrics)
@@ -238,10 +284,9 @@ def run_trial(
         _note_pruned(trial.root, reasons)
         return reasons
 
-    checkpoint = tune.get_checkpoint()
     try:
-        with contextlib.nullcontext() if checkpoint is None else checkpoint.as_directory() as directory:
-            train_pack(trial, config["site"], pack, report, None if directory is None else Path(directory), device())
+        train_pack(trial, config["site"], pack, report, last_state(state), device())
+        shutil.rmtree(state, ignore_errors=True)
     except torch.OutOfMemoryError:
         if len(pack) == 1:
             raise
@@ -258,7 +303,7 @@ def run_sweep(
     wandb_project: str | None = None,
     stops: Mapping[str, Stop] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run (or take up again) the sweep; returns {sae_id: {facts, message}} of SAEs whose trial failed for good.
+    """Run the sweep, or what is left of it; returns {sae_id: {facts, message}} of SAEs whose trial failed for good.
 
     `stops`, of a replay, say which SAEs are stopped after how many tokens, in place of `prune_margin`.
     """
@@ -273,39 +318,39 @@ def run_sweep(
         ),
         {"cpu": placement.cpus, "gpu": placement.gpus},
     )
-    total = len(search.plan) * len(search.seeds) * trial.recipe.steps * trial.recipe.batch_size
+    if search.nothing_left:
+        return {}
+    left = max(len(search.plan) * len(search.seeds) - len(search.ended), 0)
+    total = left * trial.recipe.steps * trial.recipe.batch_size
     path = trial.root / "tune"
+    for stale in path.glob("*.*"):  # an earlier experiment's state; its trials' folders stay, with their curves
+        if stale.is_file():
+            stale.unlink()
+    callbacks: list[Callback] = [SweepProgress()]
+    if wandb_project:
+        callbacks.append(_wandb(wandb_project, trial.root))
+    scheduler = FIFOScheduler() if prune_margin is None else StopDominated(trial.root, prune_margin, prune_after_tokens)
+    tuner = Tuner(
+        trainable,
+        tune_config=TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=search.most_trials,
+            max_concurrent_trials=placement.workers,
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=lambda t: f"{_trial_name(t)}-{t.trial_id}",
+        ),
+        run_config=RunConfig(
+            name="tune",
+            storage_path=str(trial.root),
+            failure_config=FailureConfig(max_failures=max_restarts),
+            callbacks=callbacks,
+            progress_reporter=Table(),
+            verbose=1,
+        ),
+    )
     with Progress("sweep", total, "SAE-tok") as SweepProgress.progress:
-        if Tuner.can_restore(str(path)):
-            tuner = Tuner.restore(str(path), trainable=trainable, resume_unfinished=True, restart_errored=True)
-        else:
-            callbacks: list[Callback] = [SweepProgress()]
-            if wandb_project:
-                callbacks.append(_wandb(wandb_project, trial.root))
-            scheduler = (
-                FIFOScheduler() if prune_margin is None else StopDominated(trial.root, prune_margin, prune_after_tokens)
-            )
-            tuner = Tuner(
-                trainable,
-                tune_config=TuneConfig(
-                    search_alg=search,
-                    scheduler=scheduler,
-                    num_samples=search.most_trials,
-                    max_concurrent_trials=placement.workers,
-                    reuse_actors=True,
-                    trial_name_creator=_trial_name,
-                    trial_dirname_creator=lambda t: f"{_trial_name(t)}-{t.trial_id}",
-                ),
-                run_config=RunConfig(
-                    name="tune",
-                    storage_path=str(trial.root),
-                    failure_config=FailureConfig(max_failures=max_restarts),
-                    checkpoint_config=CheckpointConfig(num_to_keep=1),
-                    callbacks=callbacks,
-                    progress_reporter=Table(),
-                    verbose=1,
-                ),
-            )
         grid = tuner.fit()
     errors = {}
     for result in grid:

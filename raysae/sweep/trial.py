@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json, write_json
+from raysae.artifacts import read_json, write_atomic, write_json
+from raysae.files import whole_folder
 from raysae.sae import formats
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.losses import Batch
 from raysae.sae.metrics import RowSums
 from raysae.sae.train import InputScale, Member, Pack, Recipe, geometric_median
+from raysae.sweep.collect import read_rungs
 
 T = TypeVar("T")
 SAMPLE_ROWS = 8192
@@ -79,16 +82,16 @@ def train_pack(
     """Train `members` on `site`, calling `report` at each rung, and save each SAE when its tokens are done.
 
     `report` returns the members to drop; the rest go on undisturbed, and training ends when none is left. `resume` is a
-    directory that a rung's `save` filled. The stream is a function of its seed and the step, so a resumed run sees the
-    batches it would have seen, and ends (on a CPU) with the same bits.
+    directory that a rung's `save` filled; from one that cannot be read, that lacks a member, or whose rungs are not in the
+    history, the pack begins anew. The stream is a function of its seed and the step, so a resumed run sees the batches it
+    would have seen, and ends (on a CPU) with the same bits.
     """
     store = Store(trial.store)
     recipe = trial.recipe
-    pack = Pack(members, recipe, input_scale(store, site, trial.start), device)
-    seconds = 0.0
-    if resume is not None:
-        pack.load(resume)
-        seconds = read_json(resume / "trial.json")["train_seconds"]
+    scale = input_scale(store, site, trial.start)
+    pack, seconds = _begin(trial, resume, lambda: Pack(members, recipe, scale, device))
+    for member in members:
+        _cut_history(trial, member.sae_id, pack.tokens)
     sample = store.head(site, "validation", SAMPLE_ROWS).to(pack.device, torch.float32)
     first = next(_stream(trial, store, site, 0))
     stream = _stream(trial, store, site, pack.step)
@@ -117,6 +120,46 @@ def train_pack(
         pack.drop(report(Rung(pack.tokens, metrics, final, save)))
         if not pack.alive:
             return
+
+
+def keep_state(folder: Path, rung: Rung) -> None:
+    """Save a rung's state in a folder of its own below `folder`, whole or not at all; older ones go when it is there."""
+    with whole_folder(folder / f"{rung.tokens:015d}") as directory:
+        rung.save(directory)
+    for older in sorted(folder.iterdir())[:-1]:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def last_state(folder: Path) -> Path | None:
+    """The state that `keep_state` saved last, if any."""
+    return max(folder.glob("[0-9]*"), default=None)
+
+
+def _begin(trial: Trial, state: Path | None, make: Callable[[], Pack]) -> tuple[Pack, float]:
+    """A pack with a state loaded, and the seconds it has trained; a new one where that, or its history, is not whole."""
+    if state is not None:
+        pack = make()
+        members = pack.alive
+        try:
+            pack.load(state)
+            seconds = float(read_json(state / "trial.json")["train_seconds"])
+            known = [{rung["tokens"] for rung in read_rungs(_history_of(trial, m.sae_id))} for m in members]
+            if pack.alive == members and all(pack.tokens in tokens for tokens in known):
+                return pack, seconds
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # half a state can raise anything
+            pass
+        del pack
+    return make(), 0.0
+
+
+def _cut_history(trial: Trial, sae_id: str, tokens: int) -> None:
+    """Leave the rungs up to `tokens`, from which a trial goes on: those after them it writes again."""
+    path = _history_of(trial, sae_id)
+    if path.exists():
+        kept = "".join(json.dumps(rung) + "\n" for rung in read_rungs(path) if rung["tokens"] <= tokens)
+        write_atomic(path, lambda temporary: temporary.write_text(kept))
 
 
 def input_scale(store: Store, site: str, start: Start = Start()) -> InputScale:
@@ -244,9 +287,13 @@ def _measure(pack: Pack, member: Member, sample: torch.Tensor, batch: torch.Tens
     return {"fvu": found["fvu"], "l0": found["l0"], **pack.state_of(member.sae_id), **shares}
 
 
+def _history_of(trial: Trial, sae_id: str) -> Path:
+    return trial.root / "history" / f"{sae_id}.jsonl"
+
+
 def _append_history(trial: Trial, metrics: dict[str, Any]) -> None:
-    """One line per rung. A resumed trial may write a rung twice; readers keep the last."""
-    path = trial.root / "history" / f"{metrics['sae_id']}.jsonl"
+    """One line per rung."""
+    path = _history_of(trial, metrics["sae_id"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(metrics) + "\n")

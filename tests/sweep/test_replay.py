@@ -75,8 +75,7 @@ def test_a_trial_drops_what_is_due_at_its_rung_and_says_why(monkeypatch, tmp_pat
 
     monkeypatch.setattr(on_ray, "train_pack", train_pack)
     monkeypatch.setattr(on_ray.tune, "report", lambda *_, **__: None)
-    monkeypatch.setattr(on_ray.tune, "get_checkpoint", lambda: None)
-    config = {"site": SITE, "members": [asdict(one), asdict(two)]}
+    config = {"site": SITE, "members": [asdict(one), asdict(two)], "state": "a"}
     trial = SimpleNamespace(root=tmp_path)
     on_ray.run_trial(config, trial, torch.get_num_threads(), None, 0.0, {two.sae_id: Stop(1000, "dominated by 001")})
     assert dropped == [[], [two.sae_id]]

@@ -1,12 +1,14 @@
-"""The Tune searcher without a cluster: what it hands out, what it tells Optuna, and how a restored one goes on."""
+"""The Tune searcher without a cluster: what it hands out, what it tells Optuna, and how one that is begun anew goes on."""
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import raysae.cluster  # noqa: F401 sets Ray's environment before Ray is imported
+from raysae.artifacts import write_json
 from raysae.sweep import on_ray
 from raysae.sweep.on_ray import PackSearch
 from raysae.sweep.space import Common, proposals
@@ -15,10 +17,10 @@ WIDTHS = {"blocks.0.resid_post": 16, "blocks.1.resid_post": 16}
 RANGES = {"relu": (0.01, 1.0), "topk": (2, 12)}
 
 
-def search(pack_size: int = 1, seeds=(0,), samples: int = 3, sites=("blocks.0.resid_post",)) -> PackSearch:
+def search(pack_size: int = 1, seeds=(0,), samples: int = 3, sites=("blocks.0.resid_post",), **known) -> PackSearch:
     widths = {site: WIDTHS[site] for site in sites}
     plan = proposals(widths, ["relu", "topk"], [2, 4], None, samples)
-    return PackSearch(plan, widths, RANGES, seeds, Common(None, 1e-3), pack_size, seed=0)
+    return PackSearch(plan, widths, RANGES, seeds, Common(None, 1e-3), pack_size, seed=0, **known)
 
 
 def outcome(config: dict) -> dict:
@@ -109,18 +111,45 @@ def test_optuna_hears_of_failures_and_goes_on():
     assert len(drain(searcher)) == 7
 
 
-def test_a_restored_searcher_goes_on_the_same(tmp_path: Path):
-    whole = drain(search())
-    first = search()
-    begun = [first.suggest(f"t{i}") for i in range(5)]
-    for i, config in enumerate(begun[:4]):  # the fifth is still running when the driver dies
-        first.on_trial_complete(f"t{i}", outcome(config))
-    first.save(str(tmp_path / "state"))
-    again = search()
-    again.restore(str(tmp_path / "state"))
-    again.on_trial_complete("t4", outcome(begun[4]))
-    rest = drain(again, "rest")
-    assert copy.deepcopy(begun) + rest == whole
+def ended_of(packs: list[dict]) -> dict[str, dict]:
+    return {sae_id: rung for pack in packs for sae_id, rung in outcome(pack)["members"].items()}
+
+
+def test_a_search_begun_anew_over_the_same_folder_goes_on_the_same(tmp_path: Path):
+    whole = drain(search(root=tmp_path / "whole"))
+    first = search(root=tmp_path)
+    begun = [first.suggest(f"t{i}") for i in range(5)]  # one ended in another order, the fifth is running: then a kill
+    ended = ended_of(begun[:4])
+    again = search(root=tmp_path, ended=ended)
+    assert not again.nothing_left
+    rest = drain(again, "again")
+    assert copy.deepcopy(begun[:4]) + rest == whole and rest[0] == begun[4]
+    told = [t.values for study in again.studies.values() for t in study.trials if t.values]
+    assert len(told) == 12 and not again.open, "Optuna did not hear of those that had ended"
+    assert search(root=tmp_path, ended=ended | ended_of(rest)).nothing_left
+
+
+def test_what_was_proposed_before_is_proposed_again_whatever_optuna_thinks_now(tmp_path: Path):
+    ids = [m["sae_id"] for m in members(drain(search(root=tmp_path)))]
+    (file, *others) = sorted((tmp_path / "proposed").iterdir())
+    write_json(file, {"coefficient": 0.123456789012345})
+    others[0].write_text('{"coeff')  # a power cut: chosen anew
+    found = members(drain(search(root=tmp_path)))
+    assert found[0]["config"]["l1_coefficient"] == 0.123456789012345
+    assert len(found) == 12 and [m["sae_id"] for m in found][2:] == ids[2:]
+
+
+def test_a_search_whose_proposals_are_not_all_made_has_something_left(tmp_path: Path):
+    assert not search(root=tmp_path).nothing_left and not search().nothing_left
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_packs_are_the_same_when_some_of_their_members_have_ended(tmp_path: Path, size):
+    whole = drain(search(size, seeds=(0, 1), root=tmp_path))
+    ended = ended_of(whole[:1]) | {whole[1]["members"][0]["sae_id"]: {"fvu": 0.5, "l0": 3.0}}
+    rest = drain(search(size, seeds=(0, 1), root=tmp_path, ended=ended))
+    assert [pack["state"] for pack in rest] == [pack["state"] for pack in whole[1:]], "their state would not be found"
+    assert rest[0]["members"] == whole[1]["members"][1:] and rest[1:] == whole[2:]
 
 
 def test_a_pack_that_did_not_fit_comes_again_in_halves_and_nothing_is_lost():
@@ -142,19 +171,19 @@ def test_the_search_waits_for_packs_that_may_yet_be_split():
     assert len(searcher.suggest("b")["members"]) == 6
 
 
-def test_running_out_of_memory_is_reported_by_a_pack_and_raised_by_one_sae(monkeypatch):
+def test_running_out_of_memory_is_reported_by_a_pack_and_raised_by_one_sae(monkeypatch, tmp_path):
     def full(*_):
         raise torch.OutOfMemoryError("no")
 
     reported = []
     monkeypatch.setattr(on_ray, "train_pack", full)
     monkeypatch.setattr(on_ray.tune, "report", reported.append)
-    monkeypatch.setattr(on_ray.tune, "get_checkpoint", lambda: None)
+    trial = SimpleNamespace(root=tmp_path)
     config = search(pack_size=2).suggest("a")
-    on_ray.run_trial(config, None, torch.get_num_threads(), None, 0.0)
+    on_ray.run_trial(config, trial, torch.get_num_threads(), None, 0.0)
     assert reported == [{"out_of_memory": True, "final": True}]
     with pytest.raises(torch.OutOfMemoryError):
-        on_ray.run_trial(config | {"members": config["members"][:1]}, None, torch.get_num_threads(), None, 0.0)
+        on_ray.run_trial(config | {"members": config["members"][:1]}, trial, torch.get_num_threads(), None, 0.0)
 
 
 def test_a_pack_of_nulls_that_does_not_fit_is_trained_in_halves(monkeypatch):

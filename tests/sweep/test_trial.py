@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import threading
 from dataclasses import replace
 
@@ -13,12 +14,22 @@ from helpers import sparse_rows, tiny_store
 
 from raysae.activations.store import Store
 from raysae.artifacts import read_json, write_json
+from raysae.errors import Fault
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.train import Member, Recipe
-from raysae.sweep.collect import CURVES, FACTS, curves, training_table
-from raysae.sweep.trial import Start, Trial, ahead, input_scale, saelens_hook, train_pack
+from raysae.sweep.collect import CURVES, FACTS, curves, ended, read_rungs, training_table
+from raysae.sweep.trial import (
+    Start,
+    Trial,
+    ahead,
+    input_scale,
+    keep_state,
+    last_state,
+    saelens_hook,
+    train_pack,
+)
 
 D, SITE = 8, "blocks.0.resid_post"
 RECIPE = Recipe(steps=20, batch_size=16, warmup_steps=2, decay_steps=5, sparsity_warmup_steps=4, dead_after_tokens=64)
@@ -89,12 +100,15 @@ def test_a_resumed_trial_ends_with_the_same_bits(trial, tmp_path, stop_after):
     run(trial, [RELU, TOPK])
     killed = replace(trial, root=tmp_path / "killed")
     run(killed, [RELU, TOPK], stop_after=stop_after, state=tmp_path / "state")
+    with (killed.root / "history/relu.jsonl").open("a") as file:  # killed between a rung's line and its state
+        file.write(json.dumps({"sae_id": "relu", "tokens": stop_after + 80, "fvu": 9.0}) + "\n")
     rungs = run(killed, [RELU, TOPK], resume=tmp_path / "state")
     assert rungs[-1].final and rungs[0].tokens == min(stop_after + 80, 320)
     for sae_id in ("relu", "topk"):
         assert weights(killed, sae_id) == weights(trial, sae_id)
         whole = [line | {"train_seconds": 0} for line in history(trial, sae_id)]
         last = {line["tokens"]: line | {"train_seconds": 0} for line in history(killed, sae_id)}
+        assert 9.0 not in [line["fvu"] for line in last.values()]
         assert json.dumps(list(last.values())) == json.dumps(whole)  # as text, in which NaN equals itself
 
 
@@ -142,8 +156,10 @@ def test_the_saved_sae_is_the_one_that_was_measured_with_its_provenance(trial, s
 
 def test_a_diverged_member_is_reported_and_not_saved_even_after_a_resume(trial, tmp_path):
     run(trial, [RELU, WILD], stop_after=320, state=tmp_path / "state")
+    shutil.copytree(trial.root / "history", tmp_path / "againFalse/history")
     for resume in (None, tmp_path / "state"):
         rungs = run(replace(trial, root=tmp_path / f"again{resume is None}"), [RELU, WILD], resume=resume)
+        assert len(rungs) == (4 if resume is None else 1)
         assert rungs[-1].metrics["wild"]["diverged"] and not rungs[-1].metrics["relu"]["diverged"]
     assert (tmp_path / "againTrue/saes/relu").exists() and not list(tmp_path.glob("again*/saes/wild"))
 
@@ -181,7 +197,8 @@ def test_the_table_says_what_became_of_each_sae(trial):
         "lost": {**common, "architecture": "topk", "d_sae": 40, "k": 2, "message": "out of memory"},
         "never": {**common, "architecture": "relu", "d_sae": 24, "l1_coefficient": 0.3, "message": "no GPU"},
     }
-    table = training_table(trial.root, errors, unique_tokens=100, dead_window=64).set_index("sae_id")
+    ids = ["lost", "never", "pruned", "relu", "wild"]
+    table = training_table(trial.root, errors, ids, 320, unique_tokens=100, dead_window=64).set_index("sae_id")
     assert table["status"].to_dict() == {
         "lost": "error", "never": "error", "pruned": "pruned", "relu": "completed", "wild": "diverged"
     }  # fmt: skip
@@ -199,7 +216,7 @@ def test_the_table_says_what_became_of_each_sae(trial):
 
 def test_a_sweep_whose_every_trial_failed_at_once_still_has_a_table(tmp_path):
     errors = {"a": {"architecture": "relu", "d_in": D, "d_sae": 24, "seed": 0, "site": SITE, "message": "no GPU"}}
-    table = training_table(tmp_path, errors, 100, 64)
+    table = training_table(tmp_path, errors, ["a"], 320, 100, 64)
     assert table["status"].tolist() == ["error"] and table["status_reason"].tolist() == ["no GPU"]
 
 
@@ -210,7 +227,7 @@ def test_curves_keep_the_last_writing_of_a_rung(trial, tmp_path):
     assert set(CURVES) <= set(found.columns)
     rungs = [80, 160, 240, 320]
     assert found.groupby("sae_id")["tokens"].apply(list).to_dict() == {"relu": rungs, "topk": rungs}
-    assert len(history(trial, "relu")) == 6
+    assert len(history(trial, "relu")) == 4, "what a trial writes again is not there twice"
     with (trial.root / "history/relu.jsonl").open("a") as file:
         file.write(json.dumps(history(trial, "relu")[0] | {"fvu": 0.123}) + "\n")
     found = curves(trial.root).set_index(["sae_id", "tokens"])["fvu"]
@@ -278,3 +295,89 @@ def test_reading_ahead_keeps_the_order_passes_errors_on_and_ends_its_thread():
     assert [next(endless) for _ in range(5)] == [0, 1, 2, 3, 4]
     endless.close()
     assert threading.active_count() == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What an interrupt leaves
+
+
+def test_a_table_is_refused_while_one_sae_has_no_end(trial):
+    run(trial, [RELU])
+    run(trial, [TOPK], stop_after=160, state=trial.root / "state")
+    with pytest.raises(Fault, match=r"1 of 2 SAEs are not trained to their end, such as topk; the same command"):
+        training_table(trial.root, {}, ["relu", "topk"], 320, 100, 64)
+    with pytest.raises(Fault, match="such as never"):
+        training_table(trial.root, {}, ["relu", "never"], 320, 100, 64)
+    assert list(training_table(trial.root, {}, ["relu"], 320, 100, 64)["sae_id"]) == ["relu"]  # of what was asked
+
+
+@pytest.mark.parametrize("damage", ["weights", "cfg", "history", "nothing"])
+def test_an_sae_has_ended_only_if_it_is_there_whole(trial, damage):
+    run(trial, [RELU, WILD, TOPK], drop=lambda rung: ["topk"] if rung.tokens == 160 else [])
+    assert set(ended(trial.root, 320)) == {"relu", "wild"}
+    write_json(trial.root / "pruned.json", {})
+    (trial.root / "pruned").mkdir()
+    write_json(trial.root / "pruned/topk.json", {"reason": "dominated"})
+    file = {
+        "weights": "saes/relu/sae_weights.safetensors", "cfg": "saes/relu/cfg.json", "history": "history/relu.jsonl",
+        "nothing": "pruned.json",
+    }[damage]  # fmt: skip
+    half(trial.root / file)
+    found = ended(trial.root, 320)
+    assert set(found) == {"wild", "topk"} | ({"relu"} if damage == "nothing" else set())
+    assert found["topk"]["tokens"] == 160 and found["wild"]["diverged"]
+    half(trial.root / "pruned/topk.json")
+    assert "topk" not in ended(trial.root, 320)
+
+
+def half(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("damaged", ["pack.json", "0.safetensors", "trial.json", "gone", "another's"])
+def test_from_half_a_state_a_pack_begins_anew_and_ends_with_the_same_bits(trial, tmp_path, damaged):
+    run(trial, [RELU, TOPK])
+    killed = replace(trial, root=tmp_path / "killed")
+    state = tmp_path / "state"
+    run(killed, [TOPK] if damaged == "another's" else [RELU, TOPK], stop_after=160, state=state)
+    if damaged == "gone":
+        (state / "1.safetensors").unlink()
+    elif damaged != "another's":
+        half(state / damaged)
+    rungs = run(killed, [RELU, TOPK], resume=state)
+    assert rungs[0].tokens == 80 and len(history(killed, "relu")) == 4
+    assert all(weights(killed, i) == weights(trial, i) for i in ("relu", "topk"))
+
+
+def test_a_pack_goes_on_without_the_members_that_have_ended(trial, tmp_path):
+    run(trial, [RELU, TOPK])
+    killed = replace(trial, root=tmp_path / "killed")
+    run(killed, [RELU, TOPK], stop_after=240, state=tmp_path / "state")
+    rungs = run(killed, [TOPK], resume=tmp_path / "state")
+    assert [list(r.metrics) for r in rungs] == [["topk"]] and weights(killed, "topk") == weights(trial, "topk")
+
+
+@pytest.mark.parametrize("at", ["end", "middle", "only"])
+def test_half_a_line_of_history_is_written_again(trial, tmp_path, at):
+    run(trial, [RELU])
+    killed = replace(trial, root=tmp_path / "killed")
+    run(killed, [RELU], stop_after=160, state=tmp_path / "state")
+    file = killed.root / "history/relu.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    broken = {"end": "".join(lines)[:-40], "middle": lines[0][:50] + "\n" + lines[1], "only": lines[0][:50]}[at]
+    file.write_text(broken)
+    assert ended(killed.root, 320) == {} and len(read_rungs(file)) == (at == "end")
+    rungs = run(killed, [RELU], resume=tmp_path / "state")
+    assert rungs[0].tokens == 80, "a state whose rungs are not in the history"
+    assert [line["tokens"] for line in history(killed, "relu")] == [80, 160, 240, 320]
+    assert weights(killed, "relu") == weights(trial, "relu")
+
+
+def test_the_last_state_is_kept_and_a_half_written_one_is_none(trial, tmp_path):
+    folder = tmp_path / "state"
+    run(trial, [RELU], drop=lambda rung: keep_state(folder, rung) or ())
+    (kept,) = folder.iterdir()
+    assert last_state(folder) == kept and kept.name.endswith("000320") and last_state(tmp_path / "none") is None
+    (folder / ".000000000000400.tmp").mkdir()
+    assert last_state(folder) == kept
