@@ -11,7 +11,7 @@ from raysae.run import Run
 
 def main(argv: list[str]) -> int:
     config = load_config(ReplicateJob, argv)
-    found = replicate(Run.open(config.run), config.output, config.exact)
+    found = replicate(Run.open(config.run, verify=True), config.output, config.exact)
     print(in_words(found))
     return 0 if found["replicates"] else NO_GO
 

@@ -14,10 +14,12 @@ import json
 import tarfile
 from pathlib import Path
 
-from raysae.artifacts import MANIFEST, sha256_of, write_atomic
+from raysae.artifacts import MANIFEST, read_manifest, sha256_of, write_atomic
 from raysae.errors import UserError
+from raysae.files import is_temporary, remove_dead
 from raysae.run import Run
 from raysae.sae.formats.saelens import WEIGHTS
+from raysae.seal import check
 
 CONTENTS = "MANIFEST.json"
 ENDING = ".tar.gz"
@@ -27,7 +29,8 @@ def bundle(run: Run, path: Path | None = None, weights: bool = False) -> Path:
     """Write the archive of `run` to `path` (beside the run's folder if None), and return where it is.
 
     Its members lie below `<run>/`, `<run>/MANIFEST.json` first: run, members (sha256 and bytes by name), weights (sha256 by
-    SAE and null, whether or not they are in). UserError if `path` is no .tar.gz, or a stage that the run stands on is gone.
+    SAE and null, whether or not they are in). UserError if `path` is no .tar.gz, or the run or a stage that it stands on is
+    damaged or gone.
     """
     name = run.path.resolve().name
     path = Path(path) if path is not None else run.path.resolve().parent / f"{name}{ENDING}"
@@ -37,6 +40,8 @@ def bundle(run: Run, path: Path | None = None, weights: bool = False) -> Path:
         raise UserError(f"bundle: {path.resolve().parent} is not a folder; make it, or give another path")
     if path.resolve().is_relative_to(run.path.resolve()):
         raise UserError(f"bundle: {path} lies inside the run; give a path outside of it")
+    check(run.path, every_hash=True)
+    remove_dead(path)
     members = {**_run_files(run.path, weights), **_stage_manifests(run)}
     contents = {
         "run": name,
@@ -66,22 +71,18 @@ def _run_files(folder: Path, weights: bool) -> dict[str, Path]:
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         wanted = weights or file.name != WEIGHTS
-        if wanted and file.is_file() and not file.is_symlink() and not file.name.endswith(".tmp"):
+        if wanted and file.is_file() and not file.is_symlink() and not is_temporary(file.name):
             found[relative.as_posix()] = file
     return found
 
 
 def _stage_manifests(run: Run) -> dict[str, Path]:
     """The manifest of each stage in the ledger, as `stages/<stage>.json`."""
-    stages = run.path.resolve().parent / "stages"
     found = {}
-    for entry in run.ledger["stages"]:
-        manifest = stages / entry["directory"] / MANIFEST
-        if not manifest.is_file():
-            raise UserError(
-                f"run: {run.path} needs its stage {manifest.parent}, which is not there; run the sweep again"
-            )
-        found[f"stages/{entry['directory']}.json"] = manifest
+    for name in run.sealed["stages"]:
+        folder = run.stage_directory(name)
+        read_manifest(folder)
+        found[f"stages/{name}.json"] = folder / MANIFEST
     return dict(sorted(found.items()))
 
 

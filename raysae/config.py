@@ -407,10 +407,13 @@ class SweepJob(Section):
     """Project hours, devices, disk and tokens from a short calibration on this machine, print them and stop."""
     require_go: bool = False
     """Exit with status 3 unless the verdict is go, so that a pipeline stops."""
+    verify: CliImplicitFlag[bool] = False
+    """Compare every file of the run and its stages with its sha256. Without, sizes are, and hashes where something new is
+    made from a stage."""
 
     def identity(self) -> dict[str, Any]:
         """What the run's results depend on: all but where it runs, what it may cost and who is told."""
-        where_and_who = {"run", "output", "cluster", "tracking", "budget", "plan", "require_go"}
+        where_and_who = {"run", "output", "cluster", "tracking", "budget", "plan", "require_go", "verify"}
         return self.model_dump(mode="json", exclude=where_and_who)
 
 

@@ -9,16 +9,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-import pandas as pd
-
 from raysae.artifacts import Stage, write_json
 from raysae.data.records import read_records
 from raysae.data.tokens import tokenize
 from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
+from raysae.files import read_table
 from raysae.models.host import save_with_random_weights
 from raysae.progress import say
-from raysae.stages import Stages, blocks_of, names_of, of_driver
+from raysae.stages import Stages, blocks_of, metrics_of, names_of, of_driver
 
 
 class Controls(NamedTuple):
@@ -90,12 +89,12 @@ class Evidence(Stages):
             from raysae.evaluate import stability
 
             names = names_of(blocks)
-            table, root = pd.read_parquet(saes.path / "table.parquet"), saes.path / "saes"
+            table, root = read_table(saes.path / "table.parquet"), saes.path / "saes"
             seeds = stability.match_all(table, root, validation.path, names, seed)
             works = {f"what recurs at {task.site}": task for task in stability.tasks(seeds, store.path, root, path)}
             cost = self._over_blocks(works, blocks, stability.done, tokens.path, model)
             found = stability.collect(
-                seeds, path, names, validation.manifest["metrics"], e.bootstrap, e.confidence, seed
+                seeds, path, names, metrics_of(validation), e.bootstrap, e.confidence, seed
             )
             stability.by_configuration(found).to_parquet(path / "stability.parquet", index=False)
             write_json(path / "stability.json", found)
@@ -139,13 +138,13 @@ class Evidence(Stages):
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.evaluate import transfer
 
-            home = (validation.path / site, names_of(blocks_of(tokens, "validation")), validation.manifest["metrics"])
+            home = (validation.path / site, names_of(blocks_of(tokens, "validation")), metrics_of(validation))
             found = {}
             for name, (other_tokens, stage_there) in measured.items():
                 there = (
                     stage_there.path / site,
                     names_of(other_tokens.manifest["blocks"]),
-                    stage_there.manifest["metrics"],
+                    metrics_of(stage_there),
                 )
                 compared = transfer.compare(ids, home, there, e.bootstrap, e.confidence, seed)
                 taken = away[name][0].manifest

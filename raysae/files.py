@@ -82,16 +82,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():
         old.rename(folder)
     _remove(temporary)
-    temporary.mkdir()
+    made = temporary / folder.name  # what is written inside may say what it is called
+    made.mkdir(parents=True)
     try:
-        yield temporary
-        settle(temporary)
+        yield made
+        settle(made)
         if not os.path.lexists(folder):
-            temporary.rename(folder)
-        elif not _exchange(temporary, folder):
+            made.rename(folder)
+        elif not _exchange(made, folder):
             _remove(old)
             folder.rename(old)
-            temporary.rename(folder)
+            made.rename(folder)
             _remove(old)
         sync(folder.parent)
     finally:
@@ -331,19 +332,30 @@ def canonical(value: Any) -> str:
 
 def folder_name(value: Any, field: str) -> str:
     """`value`, if it can be the name of one folder: UserError, naming the field or file that it is from, otherwise."""
-    why = ""
-    if not isinstance(value, str) or not value.strip():
-        why = "it is empty" if isinstance(value, str) else f"it is a {type(value).__name__}"
-    elif len(os.fsencode(value) if value.isprintable() else b"") > LONGEST_NAME:
-        why = f"it is longer than {LONGEST_NAME} bytes"
-    elif "/" in value or "\\" in value:
-        why = "it is a path"
-    elif value.startswith(".") or value != value.strip() or not value.isprintable():
-        why = "it starts with a dot" if value.startswith(".") else "it holds blanks at its ends or control characters"
+    why = _no_folder_name(value)
     if why:
         shown = repr(value if not isinstance(value, str) or len(value) <= 60 else f"{value[:57]}...")
         raise UserError(f"{field}: {shown} is not the name of a folder: {why}")
     return value
+
+
+def is_folder_name(value: Any) -> bool:
+    """Whether `value` can be the name of one folder."""
+    return not _no_folder_name(value)
+
+
+def _no_folder_name(value: Any) -> str:
+    if not isinstance(value, str):
+        return f"it is a {type(value).__name__}"
+    if not value.strip():
+        return "it is empty"
+    if not value.isprintable() or value != value.strip():
+        return "it holds control characters, or blanks at its ends"
+    if "/" in value or "\\" in value:
+        return "it is a path"
+    if value.startswith("."):
+        return "it starts with a dot"
+    return f"it is longer than {LONGEST_NAME} bytes" if len(value.encode()) > LONGEST_NAME else ""
 
 
 def inside(folder: Path, *names: str) -> Path:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from raysae import run_folder
 from raysae.artifacts import (
     MANIFEST,
     NotMade,
@@ -25,21 +27,26 @@ from raysae.artifacts import (
 from raysae.budget import ITEMS, refuse_overspending, spending
 from raysae.config import SweepJob, dump_yaml
 from raysae.environment import environment
-from raysae.errors import UserError
+from raysae.errors import Damaged, UserError
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.evidence import Controls, Evidence
+from raysae.files import folder_name, is_temporary, read_table, remove_dead
 from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes
 from raysae.gates.select import choose, decide, split_of
 from raysae.gates.waivers import load_waiver, read_basis
 from raysae.looks import look
 from raysae.progress import say
-from raysae.report.page import write_report
 from raysae.run import Run
 from raysae.schedule import activation_bytes, sae_bytes
-from raysae.stages import blocks_of, names_of
+from raysae.seal import IDENTITY, identity_of
+from raysae.stages import blocks_of, metrics_of, names_of
 from raysae.sweep.collect import alike
 from raysae.sweep.replay import Replay
+
+RESERVED = ("stages", "looks", "replications")
+"""Folders of an output root that are no run's."""
+MADE_FROM = "made_from"
 
 
 def sweep(config: SweepJob) -> Run:
@@ -130,18 +137,18 @@ class Flow(Evidence):
         return self.finished[before:]
 
     def _finish(self, made: Made) -> Run:
-        """Choose, measure the choices once on test, and write the run's directory; decision.json makes it a run."""
+        """Choose, measure the choices once on test, and write the run's directory."""
         table, controls, evidence = self._gather(made)
         decision = self._judge(made, table, controls)
         return self._write(made, table, decision, [*evidence, *self._about_lead(made, table, decision)])
 
     def _gather(self, made: Made) -> tuple[pd.DataFrame, dict[str, dict[str, Any]], list[tuple[str, Stage]]]:
         """The table, the controls, and the stages that say more, each with its folder of the run."""
-        metrics = made.validation.manifest["metrics"]
-        table = pd.read_parquet(made.saes.path / "table.parquet")
+        metrics = metrics_of(made.validation)
+        table = read_table(made.saes.path / "table.parquet")
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
         table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
-        table = _with_last_rung(table, pd.read_parquet(made.saes.path / "curves.parquet"))
+        table = _with_last_rung(table, read_table(made.saes.path / "curves.parquet"))
         controls = controls_of(made.controlled)
         evidence = [("", self.domains(made.validation, made.tokens, made.records, made.store.manifest["sites"]))]
         if len(self.config.sweep.seeds) > 1:
@@ -168,7 +175,7 @@ class Flow(Evidence):
             tested = self.evaluation("test", made.saes, made.store, made.tokens, made.model, only=choice.chosen)
             for i in choice.chosen:
                 carried = {n: v for n, v in rows[i].items() if n in ("sae_id", "site") or split_of(n, "test") != "test"}
-                tests[i] = {**carried, **tested.manifest["metrics"][i]}
+                tests[i] = {**carried, **metrics_of(tested)[i]}
         validation = {i: rows[i] for i in choice.chosen}
         return decide(
             self.gate, str(self.config.gate), choice, controls, tests, self.waiver, self.basis, validation, looks
@@ -180,9 +187,7 @@ class Flow(Evidence):
 
         e, names = self.config.evaluation, names_of(blocks_of(made.tokens, "validation"))
         roots = [root for site in made.store.manifest["sites"] if (root := made.validation.path / site).is_dir()]
-        return Paired.read(
-            roots, names, made.validation.manifest["metrics"], e.bootstrap, e.confidence, self.config.seed
-        )
+        return Paired.read(roots, names, metrics_of(made.validation), e.bootstrap, e.confidence, self.config.seed)
 
     def _about_lead(self, made: Made, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[tuple[str, Stage]]:
         """What is measured of the chosen SAE, or the closest, alone: stages, each with its folder of the run."""
@@ -215,40 +220,43 @@ class Flow(Evidence):
     def _write(
         self, made: Made, table: pd.DataFrame, decision: Mapping[str, Any], evidence: Sequence[tuple[str, Stage]]
     ) -> Run:
-        """The run's directory."""
-        saes, store, metrics = made.saes, made.store, made.validation.manifest["metrics"]
+        """The run's directory, unless it is there: replaced as one whole."""
+        saes, store, metrics = made.saes, made.store, metrics_of(made.validation)
         directory, ledger = self.directory, self._ledger()
-        directory.mkdir(parents=True, exist_ok=True)
-        there = Run(directory)
-        if there.report.exists() and all(s.reused for s in self.finished) and _limits(there.ledger) == _limits(ledger):
-            return there
-        write_json(directory / "identity.json", self.identity())
-        write_atomic(directory / "config.yaml", lambda path: path.write_text(dump_yaml(self.config)))
-        write_atomic(directory / "table.parquet", lambda path: table.to_parquet(path, index=False))
-        write_atomic(directory / "table.csv", lambda path: table.to_csv(path, index=False))
-        link_or_copy(saes.path / "curves.parquet", directory / "curves.parquet")
-        for folder, part in evidence:
-            for file in sorted({*part.path.glob("*.json*"), *part.path.glob("*.parquet")} - {part.path / MANIFEST}):
-                link_or_copy(file, directory / folder / file.name)
-        for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
-            link_or_copy(saes.path / "saes" / sae_id, directory / "saes" / sae_id)
-            write_json(directory / "saes" / sae_id / "metrics.json", metrics[sae_id])
-        for nulls, _, _ in made.controlled:
-            if (nulls.path / "saes").is_dir():
-                link_or_copy(nulls.path / "saes", directory / "nulls")
-        (directory / "tune").unlink(missing_ok=True)
-        (directory / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
-        write_json(directory / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
-        null_facts = [
-            (name, found, read) for n, read, _ in made.controlled for name, found in n.manifest["nulls"].items()
-        ]
-        write_json(
-            directory / "nulls.json", {name: {**found, "store": read.path.name} for name, found, read in null_facts}
-        )
-        write_json(directory / "environment.json", environment())
-        write_json(directory / "ledger.json", ledger)
-        write_json(directory / "decision.json", decision)
-        write_report(directory)
+        stages = [s.path.name for s in self.finished]
+        there = all(s.reused for s in self.finished) and run_folder.stands(directory, stages, self.config.verify)
+        if there and _limits(Run(directory).ledger) == _limits(ledger):
+            return Run(directory)
+        self.verify()
+
+        def fill(folder: Path) -> None:
+            write_json(folder / IDENTITY, self.identity())
+            write_atomic(folder / "config.yaml", lambda path: path.write_text(dump_yaml(self.config)))
+            write_atomic(folder / "table.parquet", lambda path: table.to_parquet(path, index=False))
+            write_atomic(folder / "table.csv", lambda path: table.to_csv(path, index=False))
+            link_or_copy(saes.path / "curves.parquet", folder / "curves.parquet")
+            for below, part in evidence:
+                for file in sorted({*part.path.glob("*.json*"), *part.path.glob("*.parquet")} - {part.path / MANIFEST}):
+                    link_or_copy(file, folder / below / file.name)
+            for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
+                link_or_copy(saes.path / "saes" / folder_name(sae_id, "sae_id"), folder / "saes" / sae_id)
+                write_json(folder / "saes" / sae_id / "metrics.json", metrics[sae_id])
+            for nulls, _, _ in made.controlled:
+                if (nulls.path / "saes").is_dir():
+                    link_or_copy(nulls.path / "saes", folder / "nulls")
+            (folder / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
+            write_json(folder / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
+            facts = {
+                name: {**found, "store": read.path.name}
+                for nulls, read, _ in made.controlled
+                for name, found in nulls.manifest["nulls"].items()
+            }
+            write_json(folder / "nulls.json", facts)
+            write_json(folder / "environment.json", environment())
+            write_json(folder / "ledger.json", ledger)
+            write_json(folder / "decision.json", decision)
+
+        run_folder.write(directory, self.root, stages, fingerprint(self.identity()), fill)
         return Run(directory)
 
     def _ledger(self) -> dict[str, Any]:
@@ -284,25 +292,42 @@ class Flow(Evidence):
     def directory(self) -> Path:
         """`<output>/<run>`."""
         c = self.config
-        name = c.run or f"{Path(c.model.name).name}-{c.data.source}-{fingerprint(self.identity(), 8)}"
-        return self.root / name
+        if c.run is not None:
+            if folder_name(c.run, "run") in RESERVED:
+                raise UserError(f"run: {c.run!r} is kept for what runs share; give another --run")
+            return self.root / c.run
+        model = re.sub(r"[^\w.+-]", "-", Path(c.model.name).name).lstrip(".") or "model"
+        return self.root / f"{model[:100]}-{c.data.source}-{fingerprint(self.identity(), 8)}"
 
     def identity(self) -> dict[str, Any]:
-        """What the run's results depend on: its config but for where it runs, and what gate, waiver and basis say."""
+        """What the run's results depend on: its config but for where it runs, what gate, waiver and basis say, and the
+        hashes of the data, the model and the tokenizer that the config names."""
         waiver = self.waiver.model_dump(mode="json") if self.waiver else None
         content = {"gate": self.gate.model_dump(mode="json"), "waiver": waiver, "basis": self.basis}
-        return {**self.config.identity(), **content}
+        return {**self.config.identity(), **content, MADE_FROM: self.made_from}
 
     def _check_run(self) -> None:
-        """Refuse a run directory that belongs to another config."""
-        file = self.directory / "identity.json"
-        if file.exists():
-            if read_json(file) != self.identity():
-                raise UserError(
-                    f"run: {self.directory} belongs to another config or gate; give another --run, or leave it unset"
-                )
-        elif self.directory.exists() and any(self.directory.iterdir()):
+        """Refuse a run directory that belongs to another config, or was made from something else."""
+        remove_dead(self.directory)
+        if not self.directory.is_dir() or all(is_temporary(path.name) for path in self.directory.iterdir()):
+            return
+        owner = identity_of(self.directory)
+        if owner is None:
             raise UserError(f"run: {self.directory} is not empty and no run of raysae; give another --run")
+        if owner == fingerprint(self.identity()):
+            return
+        try:
+            then = read_json(self.directory / IDENTITY).get(MADE_FROM, {})
+        except Damaged:
+            then = {}
+        for what, made_from in self.made_from.items():
+            if what in then and then[what] != made_from:
+                raise UserError(
+                    f"run: {self.directory} was made from other content of {what}; bring that back, or give another --run"
+                )
+        raise UserError(
+            f"run: {self.directory} belongs to another config or gate; give another --run, or leave it unset"
+        )
 
 
 def controls_of(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
@@ -311,7 +336,7 @@ def controls_of(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
     for nulls, _, seen in controlled:
         for name, facts in nulls.manifest["nulls"].items():
             if facts["made"]:
-                measured = seen.manifest["metrics"][name]
+                measured = metrics_of(seen)[name]
                 found[name] = {**measured, **facts, "dead_fraction": measured["never_fired_fraction"]}
     return found
 

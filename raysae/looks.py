@@ -10,9 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from raysae.artifacts import fingerprint, read_json, write_json
+from raysae.artifacts import fingerprint, lock_of, read_json, write_json
 from raysae.errors import Damaged
 
 
@@ -28,8 +26,7 @@ def look(root: Path, records: str, by: str, run: str, what: Any) -> dict[str, An
     file = root / "looks" / f"{records}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     key = fingerprint({"by": by, "what": what})
-    (root / "stages" / ".locks").mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "stages" / ".locks" / f"looks-{records}"):
+    with lock_of(root, f"looks-{records}"):
         seen: list[dict[str, Any]] = read_json(file, list) if file.is_file() else []
         if not all(isinstance(entry, dict) and {"at", "by", "run", "what"} <= entry.keys() for entry in seen):
             raise Damaged(file, "is no ledger of looks", "delete it, and looks are counted anew")

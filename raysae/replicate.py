@@ -19,10 +19,11 @@ from typing import Any
 
 import pandas as pd
 
+from raysae import run_folder
 from raysae.artifacts import read_json, read_manifest, sha256_of, write_json
 from raysae.config import SweepJob, validate
 from raysae.errors import UserError
-from raysae.flow import Flow
+from raysae.flow import MADE_FROM, Flow
 from raysae.progress import say
 from raysae.run import Run
 from raysae.sae.architectures import COEFFICIENTS
@@ -54,7 +55,9 @@ def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict
     manifest = read_manifest(run.stage("records"))
     run.stage("store"), run.stage("tokens")  # to compare with
     flow = Flow(config, replay(run.table))
-    changed = list(differences(read_json(run.path / "identity.json"), flow.identity()))
+    was, now = read_json(run.path / "identity.json"), flow.identity()
+    made_from = was.pop(MADE_FROM, {}), now.pop(MADE_FROM)
+    changed = list(differences(was, now))
     if changed:
         raise UserError(
             f"{changed[0]}: is not what it was when {run.path} was made; replicate with the files and the raysae of then"
@@ -65,6 +68,9 @@ def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict
             f"data.path: {config.data.path} has changed since {run.path} was made (hash {then} then, "
             f"{flow.source_hash} now); bring back the data of then"
         )
+    changed = [what for what, content in made_from[0].items() if made_from[1].get(what) != content]
+    if changed:
+        raise UserError(f"{changed[0]}: its content has changed since {run.path} was made; bring back that of then")
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / MARK, {"run": str(original)})
     try:
@@ -74,7 +80,7 @@ def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict
     found = compare(run, again)
     good = ("identical",) if exact else ("identical", "within")
     found = {**found, "exact": exact, "replicates": found["outcome"] in good}
-    write_json(run.path / OUTCOME, found)
+    run_folder.add(run.path, lambda folder: write_json(folder / OUTCOME, found), [OUTCOME])
     say(f"compared with {again.path}: {run.path / OUTCOME}")
     return found
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +28,7 @@ from raysae.data.sources import load_problems
 from raysae.data.splits import divide, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
+from raysae.files import read_table
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
 from raysae.models.registry import default_site
@@ -393,6 +393,8 @@ class Stages:
             else stage(self.root, name, inputs, from_intact, say)
         )
         self.finished.append(made)
+        if self.config.verify:
+            self.verify()
         return made
 
     def verify(self) -> None:
@@ -490,6 +492,19 @@ class Stages:
         """Of the run's own data."""
         return _source_hash(self.config.data.path)
 
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """Hashes of what the config names: the same paths with other content are another run. By the fields' names."""
+        name = self.config.model.name
+        found: dict[str, Any] = {"data.path": self.source_hash}
+        if name != "embedded":
+            found["model.name"] = {key: value for key, value in self._fingerprint(name).items() if key != "name"}
+        if name != "embedded" or self.config.model.tokenizer:
+            found["model.tokenizer"] = fingerprint(self._tokenizer(name).backend_tokenizer.to_str())
+        for other, data in self.config.transfer.items():
+            found[f"transfer.{other}.path"] = _source_hash(data.path)
+        return found
+
     def _saelens_metadata(self, store: Stage, context_length: int) -> dict[str, Any]:
         return {
             "model_name": self.config.model.name,
@@ -509,7 +524,7 @@ def _to_measure(
     """(id, directory) of the SAEs to measure by site: some of a sweep, or all that finished, and the nulls."""
     wanted: dict[str, list[tuple[str, Path]]] = {}
     if saes is not None:
-        table = pd.read_parquet(saes.path / "table.parquet")
+        table = read_table(saes.path / "table.parquet")
         table = table[table["status"] == "completed"]
         for row in (table if only is None else table[table["sae_id"].isin(only)]).itertuples():
             wanted.setdefault(str(row.site), []).append((str(row.sae_id), saes.path / "saes" / str(row.sae_id)))
@@ -518,6 +533,12 @@ def _to_measure(
             if found["made"]:
                 wanted.setdefault(found["site"], []).append((name, nulls.path / "saes" / name))
     return wanted
+
+
+def metrics_of(measured: Stage) -> dict[str, dict[str, Any]]:
+    """What an evaluation measured, by id; NaN again where its manifest says null."""
+    found = measured.manifest["metrics"]
+    return {i: {name: math.nan if value is None else value for name, value in m.items()} for i, m in found.items()}
 
 
 def kind_of(made: Stage) -> str:

@@ -8,7 +8,10 @@ from typing import Any
 
 import yaml
 
+from raysae.artifacts import fingerprint, read_json_if
 from raysae.config import SweepJob
+from raysae.files import read_sealed
+from raysae.seal import SEAL, seal
 
 GATE = Path(__file__).resolve().parents[1] / "configs" / "gates" / "default.yaml"
 
@@ -53,6 +56,13 @@ def sae_hashes(run: Path) -> dict[str, str]:
         file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted((run / "saes").glob("*/sae_weights.safetensors"))
     }
+
+
+def reseal(run: Path) -> None:
+    """Seal a run's folder, altered or made by hand, as if it had been written so."""
+    said = read_sealed(run / SEAL) if (run / SEAL).exists() else {"stages": [], "added": []}
+    identity = fingerprint(read_json_if(run / "identity.json"))
+    seal(run, said["stages"], identity, said["added"])
 
 
 def stage_of(output: Path, name: str) -> Path:

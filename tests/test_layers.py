@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "raysae"
-GROUND = ("errors", "config", "files", "artifacts", "progress", "units", "cluster", "budget", "environment")
+GROUND = ("errors", "config", "files", "artifacts", "seal", "progress", "units", "cluster", "budget", "environment")
 LAYERS = (
     "data",
     "models",
@@ -20,6 +20,7 @@ LAYERS = (
     "report",
     "looks",
     "run",
+    "run_folder",
     "job",
     "schedule",
     "calibrate",

@@ -8,13 +8,14 @@ import shutil
 import tarfile
 
 import pytest
-from small import sae_hashes, small_job, small_values
+from small import reseal, sae_hashes, small_job, small_values
 
 import raysae
 from raysae.artifacts import read_json, write_json
 from raysae.bundle import bundle
 from raysae.config import dump_yaml
 from raysae.errors import UserError
+from raysae.files import read_sealed, write_sealed
 from raysae.flow import Flow
 from raysae.planning import plan, to_time
 from raysae.replicate import compare, differences, in_words, replicate
@@ -52,6 +53,7 @@ def alter(run: raysae.Run, sae: int, **values) -> raysae.Run:
     for column, value in values.items():
         table.loc[sae, column] = value
     table.to_parquet(run.path / "table.parquet", index=False)
+    reseal(run.path)
     return raysae.Run.open(run.path)
 
 
@@ -125,11 +127,12 @@ def test_what_is_not_a_metric_counts_too(run, copy, change):
         copy = alter(copy, 0, learning_rate=copy.table["learning_rate"][0] * 1.001)
     else:
         manifest = copy.stage("store") / "manifest.json"
-        facts = read_json(manifest)
+        facts = read_sealed(manifest)
         first = facts["shards"][0]["sha256"]
         first[next(iter(first))] = "0" * 64
-        write_json(manifest, facts)
+        write_sealed(manifest, facts)
         expected = "within"
+    reseal(copy.path)
     assert compare(run, raysae.Run.open(copy.path))["outcome"] == expected
 
 
@@ -144,7 +147,8 @@ def test_changed_data_is_refused_before_anything_runs(nothing_runs, copy, arithm
     then = Flow(config.model_copy(update={"run": "another"}))
     write_json(copy.path / "identity.json", then.identity())
     manifest = copy.stage("records") / "manifest.json"
-    write_json(manifest, {**read_json(manifest), "inputs": {"source_hash": then.source_hash}})
+    write_sealed(manifest, {**read_sealed(manifest), "inputs": {"source_hash": then.source_hash}})
+    reseal(copy.path)
     source.write_text("one text\n\nanother text, changed\n")
     with pytest.raises(UserError, match=r"data\.path: .*texts\.txt has changed since") as caught:
         replicate(raysae.Run.open(copy.path))
@@ -156,6 +160,7 @@ def test_another_gate_is_refused(nothing_runs, copy):
     identity = read_json(copy.path / "identity.json")
     identity["gate"]["criteria"][0]["threshold"] = 0.5
     write_json(copy.path / "identity.json", identity)
+    reseal(copy.path)
     with pytest.raises(UserError, match=r"gate\.criteria: is not what it was"):
         replicate(copy)
 

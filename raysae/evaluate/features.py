@@ -41,6 +41,7 @@ from raysae.evaluate import purity
 from raysae.evaluate.contexts import Texts
 from raysae.evaluate.nulls import random_sae
 from raysae.evaluate.scan import KINDS, Contexts, Scan, Settings, Source, read_contexts, scan_rows
+from raysae.files import plain
 from raysae.sae import formats
 from raysae.sae.metrics import DENSE_ABOVE
 from raysae.sae.sae import SAE
@@ -113,7 +114,7 @@ def write(directory: Path, features: Features, **about: Any) -> None:
     def lines(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
             for card in features.cards:
-                file.write(json.dumps(card, ensure_ascii=False, separators=(",", ":")) + "\n")
+                file.write(json.dumps(plain(card), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
 
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / "cards.jsonl", lines)

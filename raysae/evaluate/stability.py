@@ -396,7 +396,7 @@ def by_configuration(found: Mapping[str, Any]) -> pd.DataFrame:
 
 def columns(found: Mapping[str, Any]) -> pd.DataFrame:
     """The table's columns of stability, by sae_id."""
-    return pd.DataFrame(found["saes"]).T.rename_axis("sae_id").reset_index()
+    return pd.DataFrame(found["saes"]).T.astype(float).rename_axis("sae_id").reset_index()
 
 
 def tasks(found: Sequence[Seeds], store: Path, saes: Path, root: Path) -> Iterator[Energies]:

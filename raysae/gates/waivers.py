@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 from pydantic import StringConstraints, model_validator
 
-from raysae.artifacts import read_json
 from raysae.config import Section, read_yaml, validate
 from raysae.errors import UserError
+from raysae.files import read_json
 from raysae.gates.criteria import Gate, bounds_l0
+from raysae.seal import SEAL, check
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -69,6 +70,8 @@ def read_basis(path: Path, waiver: Waiver | None) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"basis: {path} is not a folder; give that of an earlier run, such as results/<run>")
     file, name = path / "decision.json", path.resolve().name
+    if file.is_file() or (path / SEAL).is_file():
+        check(path)
     decision = read_json(file) if file.is_file() else {}
     verdict = decision.get("verdict")
     if verdict != "go" and (waiver is None or waiver.run != name):

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from raysae.files import inside, write_atomic
 from raysae.gates import trade
 from raysae.gates.criteria import Choose
 from raysae.report.columns import is_number, label, show_threshold
@@ -205,12 +206,13 @@ def off_scale(table: pd.DataFrame) -> list[str]:
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Writes `<name>.svg` and `<name>.png`; returns the SVG's text."""
     folder.mkdir(parents=True, exist_ok=True)
+    svg, png = (inside(folder, f"{name}.{kind}") for kind in ("svg", "png"))
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "raysae"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    (folder / f"{name}.svg").write_text(buffer.getvalue(), encoding="utf-8")
+    write_atomic(svg, lambda path: path.write_text(buffer.getvalue(), encoding="utf-8"))
     figure.set_layout_engine("none")  # the layout of the SVG stands: finding it is most of the work
-    figure.savefig(folder / f"{name}.png", format="png", dpi=130)
+    write_atomic(png, lambda path: figure.savefig(path, format="png", dpi=130))
     return buffer.getvalue()
 
 

@@ -16,8 +16,8 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from raysae.artifacts import read_json_if, write_atomic
-from raysae.errors import UserError
+from raysae.errors import Damaged, UserError
+from raysae.files import inside, read_json_if, read_table, write_atomic
 from raysae.gates.waivers import in_words
 from raysae.report import choice, figures, nulls, probes, risk, sae_page, stability
 from raysae.report.budget import budget_rows
@@ -42,17 +42,17 @@ def write_report(run_dir: Path) -> Path:
     for needed in ("table.parquet", "decision.json"):
         if not (run_dir / needed).exists():
             raise UserError(f"run={run_dir}: has no {needed}; give the folder of a finished sweep")
-    table = _ready(pd.read_parquet(run_dir / "table.parquet"))
-    curves = pd.read_parquet(run_dir / "curves.parquet") if (run_dir / "curves.parquet").exists() else None
+    table = _ready(_with_ids(run_dir / "table.parquet"))
+    curves = read_table(run_dir / "curves.parquet") if (run_dir / "curves.parquet").exists() else None
     config_text = _text(run_dir / "config.yaml")
-    config = yaml.safe_load(config_text) or {}
+    config = _mapping(run_dir / "config.yaml", config_text)
     decision, ledger, store = (read_json_if(run_dir / f"{name}.json") for name in ("decision", "ledger", "store"))
 
     lead, role = figures.lead(decision)
     titles = {row["sae_id"]: tooltip(row) for row in figures.records(table)}
     drawn = []
     for name, (title, figure, large) in figures.draw(table, curves, decision).items():
-        svg = figures.save(figure, run_dir / "figures", name)
+        svg = figures.save(figure, inside(run_dir, "figures"), name)
         drawn.append({"name": name, "title": title, "large": large, "svg": figures.inline(svg, name, title, titles)})
 
     rows = table_rows(table, decision)
@@ -301,4 +301,24 @@ def _plain(value: Any) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError:
+        raise Damaged(path, "is not UTF-8") from None
+
+
+def _mapping(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError):
+        raise Damaged(path, "is not YAML") from None
+    if not isinstance(values, dict):
+        raise Damaged(path, f"holds a {type(values).__name__}, not a mapping")
+    return values
+
+
+def _with_ids(path: Path) -> pd.DataFrame:
+    table = read_table(path)
+    if not {"sae_id", "site"} <= set(table):
+        raise Damaged(path, "has no column sae_id and site")
+    return table

@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.artifacts import read_json
 from raysae.evaluate.probes import INFORMATION_GAP
+from raysae.files import read_json, read_table
 from raysae.report.columns import is_number
 
 INPUTS = {
@@ -37,7 +37,7 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     folder = run_dir / "probes"
     if not all((folder / name).exists() for name in ("probes.json", "probes.parquet")):
         return None
-    about, table = read_json(folder / "probes.json"), pd.read_parquet(folder / "probes.parquet")
+    about, table = read_json(folder / "probes.json"), read_table(folder / "probes.parquet")
     sections = [section(str(label), rows, about["labels"][label]) for label, rows in table.groupby("label", sort=False)]
     return {"sae_id": about["sae_id"], "site": about["site"], "settings": about["settings"], "labels": sections}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from raysae.artifacts import read_json_if
+from raysae.files import read_json_if, read_table
 from raysae.report.columns import cell, interval, label, show
 
 METRICS = ("fvu", "l0", "ce_loss_recovered")
@@ -18,7 +18,7 @@ AXES = {"dataset": "Dataset", "stratum": "Stratum, by number of steps"}
 def section(run_dir: Path, lead: str | None) -> dict[str, Any]:
     """What `_risk.html.j2` shows of the SAE `lead`, from `domains.*` and `invariance.json`; empty where they are absent."""
     file, facts = run_dir / "domains.parquet", read_json_if(run_dir / "domains.json")
-    table = pd.read_parquet(file) if file.exists() else pd.DataFrame()
+    table = read_table(file) if file.exists() else pd.DataFrame()
     mine = table[table["sae_id"] == lead] if len(table) else table
     worst = facts.get("worst", {}).get(lead, {})
     found = read_json_if(run_dir / "invariance.json")

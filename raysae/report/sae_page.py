@@ -17,7 +17,7 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from raysae.artifacts import read_json, write_atomic
+from raysae.files import inside, is_folder_name, plain, read_json, write_atomic
 from raysae.report import figures
 from raysae.report.columns import COLUMNS, cell, is_number, label, show
 
@@ -51,9 +51,9 @@ def write_pages(
     leads, pages = figures.leads(decision), {}
     for row in figures.records(table[table["status"] == "completed"]):
         sae_id = row["sae_id"]
-        if Path(sae_id).name != sae_id:
-            continue  # not the name of a folder
-        directory = run_dir / "saes" / sae_id
+        if not is_folder_name(sae_id):
+            continue
+        directory = inside(run_dir, "saes", sae_id)
         directory.mkdir(parents=True, exist_ok=True)
         summary, cards, drawn = _features(directory)
         mine = curves[curves["sae_id"] == sae_id].sort_values("tokens") if curves is not None else pd.DataFrame()
@@ -128,7 +128,7 @@ def compact(cards: Iterator[Mapping[str, Any]], contexts: int) -> dict[str, Any]
 
 def script_json(value: Any) -> Markup:
     """JSON that may stand in a <script>: no `<` is left that could end it or open a comment."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for sign in ("<", "\u2028", "\u2029"):
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(text)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raysae.files import plain
 from raysae.sae.architectures import ARCHITECTURES, Moment, Parameters, SAEConfig, initial_parameters
 from raysae.sae.formats import load_tensors
 from raysae.sae.losses import Batch, Losses, decorrelation, max_cosine, probe, temporal
@@ -348,7 +349,7 @@ class Pack:
             )
         members = [asdict(t.member) | {"loss": t.loss, "finite": t.finite} for t in self._members.values()]
         facts = {"step": self.step, "recipe": asdict(self.recipe), "members": members}
-        (directory / "pack.json").write_text(json.dumps(facts))
+        (directory / "pack.json").write_text(json.dumps(plain(facts), allow_nan=False))
 
     def load(self, directory: Path) -> None:
         """Take up the state that `save` wrote; members that were dropped by then are dropped, others in it left there."""
@@ -360,5 +361,6 @@ class Pack:
             if trained is None:
                 continue
             trained.load(load_tensors(directory / f"{i}.safetensors"))
-            trained.loss, trained.finite = member["loss"], member["finite"]
+            trained.finite = member["finite"]
+            trained.loss = math.nan if member["loss"] is None else member["loss"]
         self.step = facts["step"]

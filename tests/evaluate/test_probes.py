@@ -16,6 +16,7 @@ from helpers import tiny_store
 from scipy import sparse
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import KFold
+from small import reseal
 
 from raysae.artifacts import write_json
 from raysae.data.records import make_problem, write_records
@@ -309,6 +310,8 @@ def run(tmp_path):
     write_json(run / "decision.json", {"chosen": None, "closest": "one", "reason": "too few"})
     listed = [{"stage": "records", "directory": "records-1"}, {"stage": "store", "directory": "store-1"}]
     write_json(run / "ledger.json", {"stages": listed})
+    write_json(stages / "records-1" / "manifest.json", {})
+    reseal(run)
     return run
 
 
@@ -337,6 +340,7 @@ def test_the_job_takes_the_run_s_own_null_as_baseline(run):
     for architecture, sae in kinds.items():
         formats.save(sae, run / "nulls" / names[architecture])
     write_json(run / "nulls.json", {names[a]: {**facts, "architecture": a} for a in kinds})
+    reseal(run)
     job = runpy.run_path(str(ROOT / "jobs" / "probe.py"))["main"]
     job([str(run), "--labels", "operation", "--ks", "1", "--bootstrap", "50"])
     table = pd.read_parquet(run / "probes" / "probes.parquet").set_index(["input", "probe"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from small import reseal
 
 from raysae.config import SweepJob, validate
 from raysae.errors import UserError
@@ -35,6 +36,7 @@ def earlier_run(tmp_path, verdict="no-go", name="phase1", **fields):
     if verdict:
         decision = {"verdict": verdict, "reason": "No SAE passes the gate.", "criteria": [], **fields}
         (folder / "decision.json").write_text(json.dumps(decision))
+        reseal(folder)
     return folder
 
 
