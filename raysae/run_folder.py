@@ -45,9 +45,9 @@ def write(folder: Path, root: Path, stages: Sequence[str], identity: str, fill: 
     """Replace `folder` by what `fill` writes into an empty one, its report, and what is kept of the old one; sealed."""
     with lock_of(root, f"run-{folder.name}"), whole_folder(folder) as made:
         fill(made)
-        kept = _keep(folder, made, stages)
+        kept, foreign = _keep(folder, made, stages)
         write_report(made)
-        seal(made, stages, identity, kept)
+        seal(made, stages, identity, kept, foreign)
 
 
 def add(folder: Path, fill: Callable[[Path], None], names: Collection[str]) -> None:
@@ -56,16 +56,16 @@ def add(folder: Path, fill: Callable[[Path], None], names: Collection[str]) -> N
     folder = folder.resolve()
     with lock_of(folder.parent, f"run-{folder.name}"), whole_folder(folder) as made:
         said = check(folder)
-        _link(folder, made, lambda name: True)
+        foreign = {*_link(folder, made, lambda name: True)} - {*said["files"]}
         fill(made)
         if "report.html" in said["files"]:
             write_report(made)
         new = [f.relative_to(made).as_posix() for name in names for f in (made / name, *(made / name).rglob("*"))]
-        seal(made, said["stages"], said["identity"], {*said["added"], *new})
+        seal(made, said["stages"], said["identity"], {*said["added"], *new}, foreign - {*new})
 
 
-def _keep(old: Path, new: Path, stages: Sequence[str]) -> list[str]:
-    """Link into `new` what `old` holds beside the sweep's own files; the names that later jobs added."""
+def _keep(old: Path, new: Path, stages: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Link into `new` what `old` holds beside the sweep's own files: the names that later jobs added, and all others."""
     said: Mapping[str, Any] = {"stages": None, "files": {}, "added": []}
     with suppress(Damaged):
         said = read_sealed(old / SEAL)
@@ -73,12 +73,13 @@ def _keep(old: Path, new: Path, stages: Sequence[str]) -> list[str]:
     if stale:
         say(f"{', '.join(stale)}: of other stages, left out of {old}")
     gone = {SEAL, *(name for name in said["files"] if name not in said["added"]), *stale}
-    _link(old, new, lambda name: name not in gone and not os.path.lexists(new / name))
-    return said["added"]
+    kept = _link(old, new, lambda name: name not in gone and not os.path.lexists(new / name))
+    return said["added"], {*kept} - {*said["added"]}
 
 
-def _link(old: Path, new: Path, wanted: Callable[[str], bool]) -> None:
-    """Link the files below `old` whose names are wanted into `new`; links stay links."""
+def _link(old: Path, new: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Link the files below `old` whose names are wanted into `new`, and return these names; links stay links."""
+    linked = []
     for below, folders, names in os.walk(old):
         folders[:] = [name for name in folders if not is_temporary(name)]
         for name in [*names, *(f for f in folders if Path(below, f).is_symlink())]:
@@ -86,8 +87,10 @@ def _link(old: Path, new: Path, wanted: Callable[[str], bool]) -> None:
             relative = file.relative_to(old).as_posix()
             if is_temporary(name) or not wanted(relative):
                 continue
+            linked.append(relative)
             if file.is_symlink():
                 (new / relative).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, new / relative, follow_symlinks=False)
             else:
                 link_or_copy(file, new / relative)
+    return linked

@@ -18,9 +18,12 @@ SEAL = "seal.json"
 IDENTITY = "identity.json"
 
 
-def seal(folder: Path, stages: Sequence[str], identity: str, added: Collection[str] = ()) -> None:
-    """Seal what `folder` holds. added: files that a later job put beside the sweep's, which the sweep cannot make again."""
-    files = contents(folder, leave=(SEAL,))
+def seal(
+    folder: Path, stages: Sequence[str], identity: str, added: Collection[str] = (), foreign: Collection[str] = ()
+) -> None:
+    """Seal what `folder` holds. added: files that a later job put beside the sweep's, which the sweep cannot make again.
+    foreign: files that are nobody's here, which are not sealed."""
+    files = {name: facts for name, facts in contents(folder, leave=(SEAL,)).items() if name not in set(foreign)}
     kept = [name for name in files if name in set(added)]
     write_sealed(folder / SEAL, {"stages": list(stages), "identity": identity, "files": files, "added": kept})
 

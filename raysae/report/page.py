@@ -309,9 +309,11 @@ def _text(path: Path) -> str:
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError):
         raise Damaged(path, "is not YAML") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise Damaged(path, f"holds a {type(values).__name__}, not a mapping")
     return values
