@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ class Cluster:
         total = int(ray.cluster_resources().get("GPU", 0))
         return total if self.config.num_gpus is None else min(self.config.num_gpus, total)
 
+    @cached_property
+    def device_bytes(self) -> float | None:
+        """Memory of a GPU, asked of one in a task, since a driver touches none; None without CUDA."""
+        return at_once(_device_bytes, [()], Placement(1, 0.0, 1.0, 1))[0][1] if self.gpus else None
+
     def capture(self, blocks: int) -> Placement:
         """Hosts of the model: see `place_hosts`."""
         return place_hosts(self.cpus, self.gpus, self.config.capture_actors, blocks)
@@ -110,9 +116,49 @@ def place_trials(cpus: float, gpus: int, cpus_per_trial: float, gpus_per_trial: 
     return Placement(max(1, int(cpus / cpus_per_trial)), cpus_per_trial, 0.0, max(1, int(cpus_per_trial)))
 
 
+PACK_AT_MOST = 8
+"""SAEs in a pack: more have nothing left to share, and a search learns nothing while a pack trains."""
+BATCH_SHARE = 0.1
+"""What reading a batch once for a pack counts, beside an SAE's step on it."""
+MEMORY_SHARE = 0.8
+"""Of a device's memory, what a pack may plan on; the rest is the context's and the allocator's."""
+
+
+def pack_size(
+    saes: Sequence[int], placement: Placement, d_in: int, d_sae: int, batch_size: int, memory: float | None
+) -> int:
+    """SAEs in a trial: every device busy first, then packs as large as pay.
+
+    saes: how many at each site, since a pack is of one. d_in, d_sae: of the largest. memory: bytes of a device, if known.
+    On CPUs 1: there a pack gains nothing. Among the sizes that leave no trial's place empty, that of the least time until
+    the last pack ends, rounds · (size + BATCH_SHARE), the larger of equals. A pack holds weights, gradients and Adam's
+    moments (16 bytes a parameter) of each SAE, and three [batch, d_sae] tensors of one.
+    """
+    if not placement.gpus:
+        return 1
+    most = PACK_AT_MOST
+    if memory is not None:
+        room = MEMORY_SHARE * memory * min(placement.gpus, 1.0) - 12 * batch_size * d_sae
+        most = min(most, int(room // (16 * (2 * d_in * d_sae + d_in + d_sae))))
+
+    def packs(size: int) -> int:
+        return sum(-(-n // size) for n in saes)
+
+    def seconds(size: int) -> float:
+        return -(-packs(size) // placement.workers) * (size + BATCH_SHARE)
+
+    busy = min(placement.workers, sum(saes))
+    fitting = [size for size in range(1, most + 1) if packs(size) >= busy]
+    return min(fitting, key=lambda size: (round(seconds(size), 6), -size), default=1)
+
+
 def device() -> torch.device:
     """The device of this worker. Ray sets CUDA_VISIBLE_DEVICES, so device 0 is its own."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device_bytes() -> float | None:
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def at_once(

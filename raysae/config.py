@@ -219,7 +219,8 @@ class SweepConfig(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of initialisation; each point is trained once per seed."""
     pack_size: PositiveInt | Literal["auto"] = "auto"
-    """SAEs trained in lock-step by one trial; auto: one on a CPU, eight on a GPU."""
+    """SAEs trained in lock-step by one trial; auto: one on CPUs; on GPUs as many, up to eight, as leave
+    none of them idle."""
     prune: PruneConfig = PruneConfig()
     """When to stop an SAE early."""
 

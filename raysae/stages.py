@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
 from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, sha256_of, stage, write_json
-from raysae.cluster import Cluster, Placement, connect, disconnect, output_root
+from raysae.cluster import Cluster, Placement, connect, disconnect, output_root, pack_size
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
 from raysae.data.records import read_records, write_records
@@ -39,7 +40,7 @@ from raysae.sae.losses import Losses
 from raysae.sae.train import Recipe
 from raysae.sweep.collect import asked, curves, ended, training_table
 from raysae.sweep.replay import Replay
-from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe
+from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe, width
 
 STAGE_VERSIONS = {
     "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 7, "nulls": 1, "null_model": 1, "evaluation": 5,
@@ -230,19 +231,19 @@ class Stages:
             from raysae.sweep.on_ray import PackSearch, run_sweep
 
             placement = self.cluster.trials()
-            pack_size = self.pack_size(placement)
+            together = self.pack_size(placement)
             for line in [*self.cut, *far_from_zero(common.offsets)]:
                 say(line)
             there = ended(path, tokens_each)
             if there:
                 say(f"sweep: {len(there)} SAEs are there already")
-            search = PackSearch(plan, widths, ranges, s.seeds, common, pack_size, self.config.seed, path, there)
+            search = PackSearch(plan, widths, ranges, s.seeds, common, together, self.config.seed, path, there)
             trial = self._trial(path, store, tokens)
             prune = s.prune.margin if s.prune.enabled and not self.replay else None
             grace = max(s.prune.grace_fraction, t.sparsity_warmup_fraction, t.warmup_fraction)
             say(
                 f"sweep: {len(plan) * len(s.seeds)} SAEs of {tokens_each:,} tokens each, "
-                f"{placement.workers} at once; watch: tensorboard --logdir {path / 'tune'}"
+                f"in packs of {together}, {placement.workers} packs at once; watch: tensorboard --logdir {path / 'tune'}"
             )
             errors = run_sweep(
                 search, trial, placement, self.config.cluster.max_restarts, prune,
@@ -372,9 +373,16 @@ class Stages:
         return self.trial(store.path, self.recipe(), self.config.training.rungs, root, metadata)
 
     def pack_size(self, placement: Placement) -> int:
-        """SAEs in a trial."""
+        """SAEs in a trial: see `cluster.pack_size`."""
         size = self.config.sweep.pack_size
-        return size if size != "auto" else (8 if placement.gpus else 1)
+        if size != "auto" or not placement.gpus:
+            return 1 if size == "auto" else size
+        widths = self.widths()
+        points = self.points(widths)
+        at = Counter(point.site for point in points)
+        d_in, d_sae = max((widths[p.site], width(p.expansion_factor, widths[p.site])) for p in points)
+        saes = [n * len(self.config.sweep.seeds) for n in at.values()]
+        return pack_size(saes, placement, d_in, d_sae, self.config.training.batch_size, self.cluster.device_bytes)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Parts of stages

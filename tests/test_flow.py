@@ -208,11 +208,11 @@ def test_packs_give_the_same_saes_as_singles(run, arithmetic_model, output, tmp_
 def test_trackers_get_each_sae_and_no_secret_reaches_the_run(ray_cluster, arithmetic_model, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k" * 39 + "7")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    sweep = {"architectures": ["topk"], "expansion_factors": [2]}
+    sweep = {"architectures": ["topk"], "expansion_factors": [2, 4], "pack_size": 2}
     changes = {"sweep": sweep, "training": {"tokens": 5_000, "rungs": 2}, "tracking": {"wandb_project": "test"}}
     run = raysae.sweep(small_job(arithmetic_model, tmp_path, **changes))
-    assert len(list(tmp_path.glob("stages/sweep-*/wandb/offline-run-*"))) == len(run.saes) == 1
-    assert len(list((run.path / "tune").glob("*/events.out.tfevents.*"))) == 1
+    assert len(list(tmp_path.glob("stages/sweep-*/wandb/offline-run-*"))) == len(run.saes) == 2
+    assert len(list((run.path / "tune").glob("*/*/events.out.tfevents.*"))) == 2
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or b"k" * 39 + b"7" not in file.read_bytes(), file
 

@@ -23,6 +23,7 @@ import ray
 import torch
 from ray import tune
 from ray.tune import Callback, CLIReporter, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -122,12 +123,7 @@ class PackSearch(Searcher):
 
     def _as_config(self, trial_id: str, site: str, pack: list[tuple[int, Member]], state: str) -> dict[str, Any]:
         self.packs[trial_id], self.sites[trial_id] = pack, site
-        config: dict[str, Any] = {"site": site, "members": [asdict(member) for _, member in pack], "state": state}
-        if len(pack) == 1:  # shown in Tune's table and TensorBoard
-            c = pack[0][1].config
-            config |= {"architecture": c.architecture, "expansion_factor": c.d_sae / c.d_in, "seed": c.seed}
-            config[COEFFICIENT[c.architecture]] = getattr(c, COEFFICIENT[c.architecture])
-        return config
+        return {"site": site, "members": [asdict(member) for _, member in pack], "state": state}
 
     def _coefficient(self, proposal: Proposal) -> float:
         if proposal.coefficient is not None:
@@ -236,12 +232,15 @@ class SweepProgress(Callback):
     """
 
     progress: ClassVar[Progress | None] = None
+    last: ClassVar[dict[str, dict[str, Any]]] = {}
+    """By sae_id, of all SAEs that have reported: its pack reports no more of one that it dropped."""
 
     def __init__(self) -> None:
         self.seen: dict[str, int] = defaultdict(int)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         found = _metrics_of(result)
+        self.last.update(found)
         total = sum(m["tokens"] for m in found.values())
         last = next(reversed(found.values()), {"fvu": float("nan"), "l0": float("nan"), "sae_id": ""})
         note = f"{last['sae_id']}: FVU {last['fvu']:.3f}, L0 {last['l0']:.1f}"
@@ -326,7 +325,7 @@ def run_sweep(
     for stale in path.glob("*.*"):  # an earlier experiment's state; its trials' folders stay, with their curves
         if stale.is_file():
             stale.unlink()
-    callbacks: list[Callback] = [SweepProgress()]
+    callbacks: list[Callback] = [SweepProgress(), TensorBoard()]
     if wandb_project:
         callbacks.append(_wandb(wandb_project, trial.root))
     scheduler = FIFOScheduler() if prune_margin is None else StopDominated(trial.root, prune_margin, prune_after_tokens)
@@ -391,13 +390,88 @@ def _wandb(project: str, root: Path) -> Callback:
     import wandb
     from ray.air.integrations.wandb import WandbLoggerCallback
 
+    class PerSAE(RunPerSAE, WandbLoggerCallback):
+        """A run per SAE."""
+
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     os.environ["WANDB_MODE"] = mode  # asked for by the callback before it would ask for a key
-    return WandbLoggerCallback(project=project, group=root.name, mode=mode, dir=str(root))
+    return PerSAE(project=project, group=root.name, mode=mode, dir=str(root))
+
+
+class OneSAE:
+    """An SAE of a trial, as Tune's loggers and its table would see it if it were a trial of its own."""
+
+    def __init__(self, trial: Any, member: Mapping[str, Any]) -> None:
+        self.trial, self.sae_id = trial, str(member["sae_id"])
+        c, alone = member["config"], len(trial.config["members"]) == 1
+        name = COEFFICIENT[c["architecture"]]
+        self.config = {
+            "site": trial.config["site"], "architecture": c["architecture"], "d_sae": c["d_sae"],
+            "expansion_factor": c["d_sae"] / c["d_in"], name: c[name], "seed": c["seed"],
+            "peak_learning_rate": member["learning_rate"],
+        }  # fmt: skip
+        self.evaluated_params = self.config
+        self.trial_id = trial.trial_id if alone else f"{trial.trial_id}-{self.sae_id}"
+        self.local_path = trial.local_path if alone else str(Path(trial.local_path) / self.sae_id)
+
+    @property
+    def last_result(self) -> dict[str, Any]:
+        return self.of(self.trial.last_result) | SweepProgress.last.get(self.sae_id, {})
+
+    def of(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Its part of its trial's result."""
+        shared = {k: v for k, v in result.items() if k not in ("members", "config") and not k.startswith("members/")}
+        return {**shared, **_metrics_of(result).get(self.sae_id, {}), "config": self.config}
+
+    def init_local_path(self) -> None:
+        Path(self.local_path).mkdir(parents=True, exist_ok=True)
+
+    def __str__(self) -> str:
+        return self.sae_id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OneSAE) and self.trial_id == other.trial_id
+
+    def __hash__(self) -> int:
+        return hash(self.trial_id)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "trial":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.trial, name)
+
+
+def saes_of(trial: Any) -> list[OneSAE]:
+    """The SAEs of a trial, in order."""
+    return [OneSAE(trial, member) for member in trial.config["members"]]
+
+
+class RunPerSAE(LoggerCallback):
+    """Before a logger of Tune's among a class's bases: it logs each SAE, not the pack that they train in."""
+
+    def log_trial_start(self, trial: Any) -> None:
+        for sae in saes_of(trial):
+            super().log_trial_start(sae)
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict) -> None:
+        if isinstance(trial, OneSAE):  # a logger that starts late calls itself
+            return super().log_trial_result(iteration, trial, result)
+        found = _metrics_of(result)
+        for sae in saes_of(trial):
+            if sae.sae_id in found:
+                super().log_trial_result(iteration, sae, sae.of(result))
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        for sae in saes_of(trial):
+            super().log_trial_end(sae, failed)
+
+
+class TensorBoard(RunPerSAE, TBXLoggerCallback):
+    """Event files of each SAE: in its trial's folder, or below it, under its id, where it shares the trial."""
 
 
 class Table(CLIReporter):
-    """Tune's table, with the columns of an SAE, every minute; printed above the progress bar, not through it."""
+    """Tune's table, a row for each SAE, every minute; printed above the progress bar, not through it."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -412,7 +486,7 @@ class Table(CLIReporter):
             return
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            super().report(trials, done, *sys_info)
+            super().report([sae for trial in trials for sae in saes_of(trial)], done, *sys_info)
         say(printed.getvalue().strip())
 
 

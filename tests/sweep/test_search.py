@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -201,3 +202,60 @@ def test_a_pack_of_nulls_that_does_not_fit_is_trained_in_halves(monkeypatch):
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         on_ray.train_whole(None, "s", ["a"])
+
+
+class Pack:
+    """What Tune's loggers and table know of a trial."""
+
+    trial_id, status, error_file = "ab12_00003", "RUNNING", None
+    last_result: ClassVar[dict] = {}
+
+    def __init__(self, config, path):
+        self.config, self.local_path = config, str(path)
+
+
+def rung(config, tokens, drop=()):
+    found = {}
+    for i, member in enumerate(config["members"]):
+        if i not in drop:
+            found[member["sae_id"]] = {"sae_id": member["sae_id"], "tokens": tokens, "fvu": 0.5 / (i + 1), "l0": 4.0 + i}
+    flat = next(iter(found.values())) if len(config["members"]) == 1 else {"members": found}
+    return {**flat, "final": False, "timesteps_total": tokens, "training_iteration": 1, "config": config}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_each_sae_of_a_pack_is_a_run_of_its_own_in_tensorboard(size, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = search(pack_size=size).suggest("a")
+    pack, logger = Pack(config, tmp_path), on_ray.TensorBoard()
+    logger.on_trial_start(0, [pack], pack)
+    logger.on_trial_result(0, [pack], pack, rung(config, 1000))
+    logger.on_trial_result(1, [pack], pack, rung(config, 2000, drop=[1]))
+    logger.on_trial_complete(1, [pack], pack)
+    for i, member in enumerate(config["members"]):
+        run = EventAccumulator(str(tmp_path if size == 1 else tmp_path / member["sae_id"])).Reload()
+        events = [(e.step, e.value) for e in run.Scalars("ray/tune/fvu")]
+        assert events == [(t, pytest.approx(0.5 / (i + 1))) for t in ((1000,) if i == 1 else (1000, 2000))]
+        assert not any(member["sae_id"] in tag or "members" in tag for tag in run.Tags()["scalars"])
+        hparams = run.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+        assert b"expansion_factor" in hparams and member["config"]["architecture"].encode() in hparams
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == size
+
+
+def test_the_table_has_a_row_for_each_sae_of_a_pack_that_it_dropped_too(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(on_ray, "say", said.append)
+    config = search(pack_size=3).suggest("a")
+    pack = Pack(config, tmp_path)
+    pack.local_experiment_path, pack.temporary_state = str(tmp_path), SimpleNamespace(location="here")
+    for result in (rung(config, 1000), rung(config, 2000, drop=[0])):
+        pack.last_result = result
+        on_ray.SweepProgress().on_trial_result(0, [pack], pack, result)
+    table = on_ray.Table()
+    table.set_start_time(0.0)
+    table.report([pack], False)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said[0].splitlines() if "| RUNNING " in line]
+    assert [row[0][-12:] for row in rows] == [m["sae_id"][-12:] for m in config["members"]]
+    assert [row[-3:-1] for row in rows] == [["1000", "0.5"], ["2000", "0.25"], ["2000", "0.166667"]]
+    assert [row[3] for row in rows] == [f"{m['config']['d_sae'] / 16:g}" for m in config["members"]]
