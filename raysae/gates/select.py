@@ -97,7 +97,8 @@ def choose(
             closest = min(map(str, here["sae_id"]), key=lambda i: _miss(verdicts[i]), default=None)
         for other in ranked[1:]:
             ties[other.sae_id] = _tie(ranked[0], other, tied)
-            rejected[other.sae_id] = [f"passes, but {_why_not(gate, ranked[0], other, ties[other.sae_id])}"]
+            better = "" if ties[other.sae_id] else f"{ranked[0].sae_id} is better: "
+            rejected[other.sae_id] = [f"passes, but {better}{_why_not(gate, ranked[0], other, ties[other.sae_id])}"]
         if ranked:
             del rejected[ranked[0].sae_id]
         outcomes[str(site)] = SiteChoice(ranked, ties, closest)
@@ -154,9 +155,8 @@ def _tie(best: Candidate, other: Candidate, tied: trade.Tied) -> str:
 
 def _why_not(gate: Gate, best: Candidate, other: Candidate, tie: str) -> str:
     """Why `other` is not chosen, in words; `tie` why a score does not tell."""
-    against = trade.against(gate.choose, best, other)
     if not tie:
-        return f"{best.sae_id} is better: {trade.candidate_in_words(gate.choose, other)}; {against}"
+        return f"{trade.candidate_in_words(gate.choose, other)}; {trade.against(gate.choose, best, other)}"
     if other.failed != best.failed:
         settled = f"{best.sae_id} fails fewer advisory criteria ({best.failed}, not {other.failed})"
     elif other.d_sae != best.d_sae:

@@ -173,8 +173,12 @@ def candidate_in_words(rule: Choose, c: Candidate) -> str:
 
 def against(rule: Choose, chosen: Candidate, other: Candidate) -> str:
     """What `other` asks for what it gives, against the chosen one."""
-    of_l0, of_error = _times("L0", other.l0, chosen.l0), _times(ERRORS[rule.error], other.error, chosen.error)
-    if rule.rule == "knee" and "×" in of_l0 + of_error and chosen.error > 0:
+    l0, error = _times(other.l0, chosen.l0), _times(other.error, chosen.error)
+    of_l0 = f"L0 {l0 or f'{other.l0:.3g}'}"
+    of_error = f"{ERRORS[rule.error]} {error or f'{other.error:.3g}'}"
+    if (l0 == "×1" or other.l0 >= chosen.l0) and other.error >= chosen.error:
+        return f"better in neither, {of_l0}, {of_error}"
+    if rule.rule == "knee" and l0 and error:
         enough = f"×{(other.l0 / chosen.l0) ** -rule.a:.3g}"
         if other.l0 >= chosen.l0:
             return f"{of_l0} for {of_error}, where {enough} or less would pay"
@@ -191,14 +195,15 @@ def traded(rule: Choose, chosen: Candidate, others: Sequence[Candidate]) -> list
     faithful = min(others, key=lambda c: (c.error, c.l0), default=chosen)
     for what, best in (("sparsest", sparsest), ("most faithful", faithful)):
         if best.l0 < chosen.l0 if what == "sparsest" else best.error < chosen.error:
-            of_l0, of_error = _times("L0", best.l0, chosen.l0), _times(error, best.error, chosen.error)
-            said.append(f"The {what} that passes, {best.sae_id}: {of_l0}, {of_error}.")
+            times = [f" ({t})" if t else "" for t in (_times(best.l0, chosen.l0), _times(best.error, chosen.error))]
+            numbers = f"L0 {best.l0:.3g}{times[0]}, {error} {best.error:.3g}{times[1]}"
+            said.append(f"The {what} that passes, {best.sae_id}: {numbers}.")
     return said
 
 
-def _times(what: str, value: float, of: float) -> str:
-    """Such as `L0 8.02 (×2.01)`; without the ratio where there is none."""
-    return f"{what} {value:.3g} (×{value / of:.3g})" if value > 0 and of > 0 else f"{what} {value:.3g}"
+def _times(value: float, of: float) -> str:
+    """Such as `×2.01`; nothing where there is no ratio."""
+    return f"×{value / of:.3g}" if value > 0 and of > 0 else ""
 
 
 def iso(rule: Choose, metrics: dict[str, Any]) -> Callable[[np.ndarray], np.ndarray] | None:

@@ -323,9 +323,10 @@ def test_every_sae_that_was_not_chosen_has_its_reason():
     assert choice.rejected["pruned"] == ["pruned: dominated by e"]
     assert choice.rejected["a"] == ["fvu 0.5, must be <= 0.3"]
     assert choice.rejected["b"] == [
-        "passes, but e is better: FVU 0.28 × L0 4 = 1.12; FVU 0.28 (×2.8) for L0 4 (×0.5), where up to ×2 would pay"
+        "passes, but e is better: FVU 0.28 × L0 4 = 1.12; FVU ×2.8 for L0 ×0.5, where up to ×2 would pay"
     ]
-    assert "L0 30 (×3.75) for FVU 0.05 (×0.5), where ×0.267 or less would pay" in choice.rejected["g"][0]
+    assert "L0 ×3.75 for FVU ×0.5, where ×0.267 or less would pay" in choice.rejected["g"][0]
+    assert "FVU 0.2 × L0 9 = 1.8; better in neither, L0 ×1.12, FVU ×2" in choice.rejected["f"][0]
 
 
 def test_an_sae_without_fvu_cannot_be_chosen_even_if_the_gate_does_not_ask_for_it():
@@ -482,7 +483,7 @@ def test_the_decision_defends_itself():
     assert choice["score"]["validation"]["in_words"] == "FVU 0.068 × L0 4 = 0.272"
     assert choice["score"]["test"] == {"value": pytest.approx(0.288), "in_words": "FVU 0.072 × L0 4 = 0.288"}
     assert choice["runner_up"]["sae_id"] == "topk-x4"
-    assert "FVU 0.088 (×1.29) for L0 4 (×1), where up to ×1 would pay" in choice["runner_up"]["why"]
+    assert choice["runner_up"]["why"] == "FVU 0.088 × L0 4 = 0.352; better in neither, L0 ×1, FVU ×1.29"
     assert choice["traded"] == [
         "The sparsest that passes, relu-x8: L0 3.8 (×0.95), FVU 0.136 (×2).",
         "The most faithful that passes, topk-x8-k16: L0 16 (×4), FVU 0.03 (×0.441).",
