@@ -112,7 +112,7 @@ class Evidence(Stages):
 
             names = names_of(blocks_of(tokens, "validation"))
             problems = [p for p in read_records(records.path / "records.parquet") if p.split == "validation"]
-            roots = [validation.path / site for site in sites]
+            roots = [root for site in sites if (root := validation.path / site).is_dir()]  # where an SAE was measured
             table, facts = risk.coverage(roots, names, problems, e.bootstrap, e.confidence, seed)
             table.to_parquet(path / "domains.parquet", index=False)
             write_json(path / "domains.json", facts)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -147,9 +148,12 @@ class Flow(Evidence):
         metrics = metrics_of(made.validation)
         table = read_table(made.saes.path / "table.parquet")
         measured = pd.DataFrame({i: m for i, m in metrics.items() if not i.startswith("control-")}).T
-        table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
+        if len(measured):
+            table = table.merge(measured.rename_axis("sae_id").reset_index(), on="sae_id", how="left")
         table = _with_last_rung(table, read_table(made.saes.path / "curves.parquet"))
         controls = controls_of(made.controlled)
+        if not len(measured):  # no SAE completed its training
+            return table, controls, []
         evidence = [("", self.domains(made.validation, made.tokens, made.records, made.store.manifest["sites"]))]
         if len(self.config.sweep.seeds) > 1:
             stable = self.stability(made.saes, made.validation, made.store, made.tokens, made.model)
@@ -345,7 +349,8 @@ def _with_last_rung(table: pd.DataFrame, rungs: pd.DataFrame) -> pd.DataFrame:
     """FVU and L0 of SAEs that were stopped early, from their last rung (a validation sample, no interval)."""
     last = rungs.groupby("sae_id").tail(1).set_index("sae_id")
     for column in ("fvu", "l0"):
-        table[column] = table[column].astype(float).fillna(table["sae_id"].map(last[column]))
+        measured = table[column].astype(float) if column in table else pd.Series(math.nan, table.index)
+        table[column] = measured.fillna(table["sae_id"].map(last[column]))
     return table
 
 

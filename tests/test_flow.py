@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,13 @@ from small import GATE, sae_hashes, small_job, small_values, stage_of, write_con
 
 import raysae
 from raysae.activations.store import Store
+from raysae.artifacts import Stage
 from raysae.config import NULLS
 from raysae.errors import UserError
 from raysae.evidence import Controls
-from raysae.flow import controls_of
+from raysae.flow import Flow, Made, controls_of
 from raysae.sae import formats
+from raysae.sweep.collect import FACTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -185,6 +188,42 @@ def test_a_run_builds_on_a_no_go_only_with_a_waiver(run, arithmetic_model, outpu
         line in job(str(after.path), script="gate.py").stdout and "the decision of phase1" in after.report.read_text()
     )
     assert sae_hashes(after.path) == sae_hashes(run.path)
+
+
+def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopped(arithmetic_model, tmp_path):
+    """Plain files where the stages would be: nothing is left to measure, and no cluster is started."""
+
+    def made(name: str, **manifest: Any) -> Stage:
+        (tmp_path / name).mkdir()
+        return Stage(tmp_path / name, {"cost": {}, "stage": name, **manifest}, reused=False)
+
+    site = "blocks.1.resid_post"
+    facts = {"site": site, "architecture": "relu", "d_in": 32, "d_sae": 64, "expansion_factor": 2.0, "seed": 0}
+    rows = [
+        {"sae_id": "a", "status": "pruned", "status_reason": "L0 0 at 20,000 tokens"},
+        {"sae_id": "b", "status": "diverged", "status_reason": "its loss is no longer finite"},
+    ]
+    saes = made("sweep")
+    pd.DataFrame([{**facts, **row, "l1_coefficient": 5.0} for row in rows]).reindex(columns=FACTS).to_parquet(
+        saes.path / "table.parquet"
+    )
+    curve = {"tokens": 20_000, "fvu": 1.0, "l0": 0.0, "loss": 1.0, "dead_fraction": 1.0, "learning_rate": 1e-3}
+    pd.DataFrame([{"sae_id": row["sae_id"], **curve} for row in rows]).to_parquet(saes.path / "curves.parquet")
+    none = made("evaluation", metrics={})
+    store = made("store", model={"name": "m"}, sites={site: {}}, rows={"train": 9}, dtype="float32")
+    tokens = made("tokens", blocks=[])
+    job = small_job(
+        arithmetic_model, tmp_path / "results", sweep={"seeds": [0, 1]}, run="r", probes={"labels": ["step"]}
+    )
+    made_all = Made(
+        saes, none, [Controls(made("nulls", nulls={}), store, none)], made("records"), store, tokens, "m", {}
+    )
+    run = Flow(job)._finish(made_all)
+    assert run.decision["verdict"] == "no-go" and run.decision["chosen"] is None and run.best is None
+    said = "None finished its training: 1 pruned: L0 0 at 20,000 tokens; 1 diverged: its loss is no longer finite."
+    assert said in run.decision["reason"] and said in run.report.read_text()
+    assert run.decision["rejected"]["a"] == ["pruned: L0 0 at 20,000 tokens"]
+    assert list(run.table["fvu"]) == [1.0, 1.0] and not run.table["passes_gate"].any()
 
 
 def test_optuna_samples_each_width_equally_often(run, arithmetic_model, output):
