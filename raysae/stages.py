@@ -25,12 +25,13 @@ from raysae.cluster import Cluster, Placement, connect, disconnect, output_root,
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
 from raysae.data.records import read_records, write_records
-from raysae.data.sources import load_problems
+from raysae.data.sources import GSM8K_HUB, load_problems
 from raysae.data.splits import divide, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
 from raysae.files import read_table
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
+from raysae.models.foreign import saelens_hooks
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
@@ -43,7 +44,7 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe, width
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 7, "nulls": 1, "null_model": 1, "evaluation": 5,
+    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 8, "nulls": 2, "null_model": 1, "evaluation": 5,
     "stability": 2, "domains": 3, "transfer": 2, "invariance": 2, "probes": 1, "features": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
@@ -369,8 +370,9 @@ class Stages:
 
     def _trial(self, root: Path, store: Stage, tokens: Stage) -> Any:
         """The same for the SAEs and nulls of a run."""
-        metadata = self._saelens_metadata(store, tokens.manifest["context_length"])
-        return self.trial(store.path, self.recipe(), self.config.training.rungs, root, metadata)
+        metadata = self._saelens_metadata(store, tokens)
+        trial = self.trial(store.path, self.recipe(), self.config.training.rungs, root, metadata)
+        return replace(trial, hooks=self._saelens_hooks(store))
 
     def pack_size(self, placement: Placement) -> int:
         """SAEs in a trial: see `cluster.pack_size`."""
@@ -513,16 +515,38 @@ class Stages:
             found[f"transfer.{other}.path"] = _source_hash(data.path)
         return found
 
-    def _saelens_metadata(self, store: Stage, context_length: int) -> dict[str, Any]:
+    def _saelens_metadata(self, store: Stage, tokens: Stage) -> dict[str, Any]:
+        """What SAELens needs to run an SAE's model, and nothing of this machine: a model or dataset that is not on the hub
+        has no name here. `raysae_model` identifies it by its weights."""
+        d, model = self.config.data, store.manifest["model"]
+        data = (GSM8K_HUB[0] if d.source == "gsm8k" else None) if d.path is None else d.path
         return {
-            "model_name": self.config.model.name,
-            "model_class_name": "AutoModelForCausalLM",
-            "context_size": context_length,
-            "prepend_bos": True,
+            "model_name": model["name"] if model["revision"] is not None else None,
+            "context_size": tokens.manifest["context_length"],
+            "prepend_bos": tokens.manifest["separator_id"] is not None,
             "exclude_special_tokens": True,
-            "dataset_path": self.config.data.path or self.config.data.source,
+            "dataset_path": data if self.source_hash is None else None,
             "raysae_version": __version__,
             "raysae_store": store.path.name,
+            "raysae_model": {key: value for key, value in model.items() if key != "name"},
+        }
+
+    def _saelens_hooks(self, store: Stage) -> dict[str, dict[str, Any]]:
+        """By site: the class that SAELens loads the model with, as what, and where it reads."""
+        m, model = self.config.model, store.manifest["model"]
+        found = saelens_hooks(
+            model["name"], tuple(store.manifest["sites"]), self._revision(model["name"]), m.trust_remote_code
+        )
+        as_published: dict[str, Any] = {"dtype": m.dtype, "center_writing_weights": False}
+        as_loaded: dict[str, Any] = {"dtype": m.dtype}
+        if model["revision"] is not None:
+            as_loaded["revision"] = model["revision"]
+        if m.trust_remote_code:
+            as_loaded["trust_remote_code"] = True
+        loading = {"HookedTransformer": as_published, "AutoModelForCausalLM": as_loaded}
+        return {
+            site: {**hook._asdict(), "model_from_pretrained_kwargs": loading[hook.model_class_name]}
+            for site, hook in found.items()
         }
 
 

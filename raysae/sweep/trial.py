@@ -8,7 +8,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -62,6 +62,8 @@ class Trial:
     """Of the sweep: finished SAEs go to `saes/<sae_id>/`, each rung's metrics to `history/<sae_id>.jsonl`."""
     metadata: dict[str, Any]
     """SAELens metadata of every SAE: model_name, context_size, ..."""
+    hooks: Mapping[str, dict[str, Any]] = field(default_factory=dict, kw_only=True)
+    """By site: SAELens' metadata of where it is found, model_class_name and hook_name among them."""
     start: Start = field(default_factory=Start)
     label: str | None = None
     """Row column that a probe-guided loss reads."""
@@ -301,15 +303,6 @@ def _append_history(trial: Trial, metrics: dict[str, Any]) -> None:
 
 def _save_sae(trial: Trial, pack: Pack, site: str, member: Member) -> None:
     sae = pack.sae(member.sae_id)
-    sae.metadata.update(trial.metadata | {"hook_name": saelens_hook(site), "raysae_site": site})
+    sae.metadata.update(trial.metadata | trial.hooks.get(site, {}) | {"raysae_site": site})
     provenance = {"training": trial.recipe.__dict__ | {"learning_rate": member.learning_rate}}
     formats.save(sae, trial.root / "saes" / member.sae_id, provenance)
-
-
-def saelens_hook(site: str) -> str:
-    """The TransformerLens name of a site, which SAELens expects as hook_name."""
-    kind = site.rsplit(".", 1)[-1]
-    last = {"embed": "hook_embed", "final_norm": "ln_final.hook_normalized", "mlp_hidden": "mlp.hook_post"}.get(
-        kind, f"hook_{kind}"
-    )
-    return f"{site.rsplit('.', 1)[0]}.{last}" if "." in site else last

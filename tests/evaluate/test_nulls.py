@@ -24,7 +24,7 @@ D, SITE = 8, "blocks.0.resid_post"
 RECIPE = Recipe(
     steps=400, batch_size=64, warmup_steps=20, decay_steps=80, sparsity_warmup_steps=4, dead_after_tokens=4096
 )
-METADATA = {"model_name": "toy", "context_size": 16}
+METADATA = {"model_name": "toy", "context_size": 16, "hook_name": "blocks.0.hook_resid_post"}
 
 
 def on_site(trial: Trial, packs: dict) -> None:

@@ -152,7 +152,7 @@ def _k(directory: Path, trainer: dict[str, Any], state: dict[str, Any]) -> int |
 
 def _site(metadata: dict[str, Any]) -> dict[str, Any]:
     """Model and layer in their words; SAEBench reads `layer` and `lm_name`."""
-    hook = str(metadata.get("hook_name", ""))
+    hook = str(metadata.get("raysae_site") or metadata.get("hook_name") or "")
     found = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?(.+)", hook)
     return {
         "lm_name": metadata.get("model_name"),
