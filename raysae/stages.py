@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
-from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, sha256_of, stage, write_json
+from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, sha256_of, stage, write_atomic, write_json
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root, pack_size
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
@@ -262,8 +262,9 @@ class Stages:
                 say(f"sweep: {len(failed)} of {len(ids)} SAEs failed; the run goes on without, a rerun tries them again")
             else:
                 shutil.rmtree(path / "state", ignore_errors=True)
-            table.to_parquet(path / "table.parquet", index=False)
-            curves(path).to_parquet(path / "curves.parquet", index=False)
+            rungs = curves(path)  # by rename: a run may hold links to what was here when SAEs of it had failed
+            write_atomic(path / "table.parquet", lambda file: table.to_parquet(file, index=False))
+            write_atomic(path / "curves.parquet", lambda file: rungs.to_parquet(file, index=False))
             trained = float(table["train_seconds"].sum())
             return {
                 "saes": len(table),
@@ -303,11 +304,13 @@ class Stages:
             }
             cost = self._over_blocks(works, blocks, fidelity.done, tokens.path, model)
             metrics: dict[str, Any] = {}
+            asked_of = [sae_id for work in works.values() for sae_id, _ in work.saes]
             for work in works.values():
                 mean = opened.mean(work.site)
                 metrics |= fidelity.collect(
                     work.root, names_of(blocks), mean, e.bootstrap, e.confidence, self.config.seed
                 )
+            refuse_partial(f"measurements on {split}", asked_of, metrics)
             write_json(path / "metrics.json", metrics)
             return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
 
@@ -441,6 +444,7 @@ class Stages:
                 say(f"{what}: {len(blocks) - len(todo)} of {len(blocks)} shards are there already")
             placement = self.cluster.capture(len(todo))
             seconds = self._map_blocks(what, todo, tokens, work.root, model, work, placement)
+            refuse_partial(what, names_of(blocks), [name for name in names_of(blocks) if done(work.root, name)])
             for key, value in placement.held(seconds).items():
                 cost[key] += value
         return cost
@@ -571,6 +575,15 @@ def metrics_of(measured: Stage) -> dict[str, dict[str, Any]]:
     """What an evaluation measured, by id; NaN again where its manifest says null."""
     found = measured.manifest["metrics"]
     return {i: {name: math.nan if value is None else value for name, value in m.items()} for i, m in found.items()}
+
+
+def refuse_partial(what: str, asked: Sequence[str], there: Collection[str]) -> None:
+    """Raise Fault unless all that was asked of a part of a stage is there: a stage is whole, or is not finished."""
+    absent = [name for name in asked if name not in there]
+    if absent:
+        raise Fault(
+            f"{what}: {len(absent)} of {len(asked)} are not there, such as {absent[0]}; the same command goes on from here"
+        )
 
 
 def kind_of(made: Stage) -> str:

@@ -180,3 +180,24 @@ def test_sha256_is_the_standard_one(tmp_path):
     assert sha256_of(tmp_path / "f") == expected
     with (tmp_path / "f").open("rb") as file:
         assert files._sha256(file) == expected  # for Python 3.10
+
+
+def test_a_stage_with_failed_parts_stands_for_its_run_and_is_built_again_by_the_next(tmp_path):
+    fails = [["a", "b"], ["b"], []]
+
+    def build(path):
+        assert not (path / "manifest.json").exists(), "while it is built it is not finished"
+        return {"failed": dict.fromkeys(fails.pop(0), "no memory")}
+
+    made = [stage(tmp_path, "sweep", {}, build) for _ in range(4)]
+    assert [s.reused for s in made] == [False, False, False, True] and not fails
+    keys = [s.key for s in made]
+    assert len(set(keys[:3])) == 3, "a later stage must not take over what it made of fewer parts"
+    assert keys[2] == keys[3] == made[0].path.name == stage(tmp_path, "sweep", {}, build).key
+
+
+def test_a_failed_part_whose_next_try_is_killed_is_tried_again(tmp_path):
+    stage(tmp_path, "sweep", {}, lambda path: {"failed": {"a": "no memory"}})
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path, "sweep", {}, lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not stage(tmp_path, "sweep", {}, lambda path: {"failed": {}}).reused
