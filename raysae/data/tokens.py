@@ -67,7 +67,9 @@ def tokenize(
     joins the examples of a split and cuts every `context_length` tokens, so that an example may run over into the next
     sequence, where its positions go on counting.
     rows_per_block: most kept tokens in a block (a longer sequence is a block of its own). Kept are all but special
-    tokens.
+    tokens (those that tokenizer.json marks special: chat templates' too) and the first token of a sequence. That is the
+    separator, or a token at which a text was cut, which attends to nothing but itself: what a model holds there is an
+    attention sink of huge norm, whatever the token, and neither a row to learn from nor one to be scored.
 
     `spans.parquet` lists, for each part of a step that lies in one sequence, its tokens [start, end) and the step.
 
@@ -77,8 +79,9 @@ def tokenize(
     if not tokenizer.is_fast:
         raise UserError(f"model.tokenizer: {tokenizer.name_or_path!r} gives no character offsets; use a fast tokenizer")
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     # An unknown word is text. But GPT-2's unk token is also its separator, and that is none.
-    special = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {separator} - {None})
+    special = sorted(({*tokenizer.all_special_ids} | marked) - {tokenizer.unk_token_id} | {separator} - {None})
     out_dir.mkdir(parents=True, exist_ok=True)
 
     blocks: list[dict[str, Any]] = []
@@ -90,6 +93,8 @@ def tokenize(
         "separator_id": separator,
         "dropped_too_long": 0,
         "dropped_empty": 0,
+        "cut_starts": 0,
+        "largest_id": 0,
         "longest": 0,
         "examples": {},
         "sequences": {},
@@ -101,7 +106,7 @@ def tokenize(
         if not members:
             continue  # a held-out dataset is all of one split
         encoded = _encode(members, tokenizer, separator, special)
-        examples = [example for example in encoded if example.keep.any()]
+        examples = [example for example in encoded if example.keep[1:].any()]
         manifest["dropped_empty"] += len(encoded) - len(examples)
         lengths = [len(example.input_ids) for example in examples]
         manifest["longest"] = max([manifest["longest"], *lengths])
@@ -116,6 +121,10 @@ def tokenize(
                 f"data.context_length: {context_length} leaves no example in the {split} split; "
                 f"its longest example has {max(lengths, default=0)} tokens"
             )
+        largest = max(int(example.input_ids.max()) for example in examples)
+        manifest["largest_id"] = max(manifest["largest_id"], largest)
+        first = [pieces[0] for pieces in sequences]
+        manifest["cut_starts"] += sum(bool(piece.example.keep[piece.start]) for piece in first)
         seen.update(np.unique(np.concatenate([example.input_ids[example.keep] for example in examples])).tolist())
         order = np.random.default_rng([seed, split_index]).permutation(len(sequences))
         shuffled = [sequences[index] for index in order]
@@ -245,13 +254,20 @@ def _fill(sequences: list[list[Piece]], rows_per_block: int) -> Iterator[list[li
     block: list[list[Piece]] = []
     rows = 0
     for sequence in sequences:
-        kept = sum(int(piece.example.keep[piece.start : piece.end].sum()) for piece in sequence)
+        kept = int(_kept(sequence).sum())
         if block and rows + kept > rows_per_block:
             yield block
             block, rows = [], 0
         block.append(sequence)
         rows += kept
     yield block
+
+
+def _kept(sequence: list[Piece]) -> np.ndarray:
+    """Which tokens of a sequence are rows and scored, bool [tokens]: never the first."""
+    keep = np.concatenate([piece.example.keep[piece.start : piece.end] for piece in sequence])
+    keep[0] = False
+    return keep
 
 
 def _write_block(out_dir: Path, split: str, index: int, sequences: list[tuple[int, list[Piece]]]) -> dict[str, Any]:
@@ -261,7 +277,7 @@ def _write_block(out_dir: Path, split: str, index: int, sequences: list[tuple[in
     ends = np.cumsum(lengths)
     offsets = np.concatenate([[0], ends])[piece_offsets]
     starts = ends - lengths - np.repeat(offsets[:-1], np.diff(piece_offsets))
-    keep = np.concatenate([piece.example.keep[piece.start : piece.end] for piece in pieces])
+    keep = np.concatenate([_kept(members) for _, members in sequences])
 
     input_ids = np.concatenate([piece.example.input_ids[piece.start : piece.end] for piece in pieces])
     step = np.concatenate([piece.example.step[piece.start : piece.end] for piece in pieces])

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from raysae.data.records import make_problem, render
 from raysae.data.sources import load_problems
@@ -48,7 +48,7 @@ def test_every_token_is_kept_once_in_its_split_and_step(tokenizers, problems, na
     tokenizer, context = tokenizers[name], 200
     manifest = tokenize(problems, tokenizer, context, packing, 4096, 0, tmp_path)
     by_id = {p.example_id: p for p in problems}
-    tokens, steps, sequence_ids = {}, {}, []
+    tokens, steps, sequence_ids, cut_starts = {}, {}, [], 0
     for entry, block in zip(manifest["blocks"], blocks_of(manifest, tmp_path), strict=True):
         assert (block.name, block.split) == (entry["name"], entry["split"])
         assert len(block.sequence_id) == entry["sequences"]
@@ -65,12 +65,14 @@ def test_every_token_is_kept_once_in_its_split_and_step(tokenizers, problems, na
                 key = (example_id, int(block.positions[row][at]))
                 assert key not in tokens
                 tokens[key], steps[key] = token, int(block.step[row][at])
-                assert block.loss_mask[row][at] == (token != tokenizer.bos_token_id)
+                assert block.loss_mask[row][at] == (token != tokenizer.bos_token_id and at > 0)
+                cut_starts += at == 0 and token != tokenizer.bos_token_id
 
     assert sorted(sequence_ids) == list(range(len(sequence_ids)))
-    dropped = 0
+    dropped, largest = 0, []
     for problem in problems:
         ids = expected_tokens(problem, tokenizer)
+        largest.append(max(ids))
         if packing == "problems" and len(ids) > context:
             dropped += 1
             continue
@@ -82,6 +84,8 @@ def test_every_token_is_kept_once_in_its_split_and_step(tokenizers, problems, na
         assert steps[problem.example_id, 0] == steps[problem.example_id, 1] == -1
     assert not tokens
     assert manifest["dropped_too_long"] == dropped and (packing == "concat" or dropped > 0)
+    assert manifest["cut_starts"] == cut_starts and (cut_starts > 0) == (packing == "concat")
+    assert manifest["largest_id"] == max(largest)
     assert sum(manifest["rows"].values()) == sum(block["rows"] for block in manifest["blocks"])
 
 
@@ -175,6 +179,34 @@ def test_a_special_token_written_in_a_text_is_no_row(tokenizers, tmp_path):
         for ids, mask in zip(block.input_ids, block.loss_mask, strict=True):
             assert (ids == tokenizer.eos_token_id).sum() == 2
             assert np.array_equal(mask, ids != tokenizer.eos_token_id)
+
+
+def test_control_tokens_of_a_chat_template_are_no_rows(tokenizers, tmp_path):
+    """tokenizer.json marks them special, but they have no role of their own, so `all_special_ids` does not list them."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["gpt2_tokenizer/hf"].name_or_path)
+    control = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in control])
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    numbers = tokenizer.convert_tokens_to_ids(control)
+    assert not {*numbers} & {*tokenizer.all_special_ids}
+    chat = "<|start_header_id|>user<|end_header_id|>\n\n<think>Number {} of them?<|eot_id|>"
+    texts = [make_problem(f"t/{i}", "t", chat.format(i)) for i in range(9)]
+    manifest = tokenize(assign_splits(texts, 0.3, 0.3, None, 0), tokenizer, 32, "problems", 10**6, 0, tmp_path)
+    rows = np.concatenate(
+        [ids[mask] for b in blocks_of(manifest, tmp_path) for ids, mask in zip(b.input_ids, b.loss_mask, strict=True)]
+    )
+    assert not np.isin(rows, numbers).any()
+    assert (rows == tokenizer.convert_tokens_to_ids("<think>")).sum() == 9, "an added token that is text stays a row"
+
+
+@pytest.mark.parametrize("packing", ["problems", "concat"])
+def test_a_tokenizer_without_a_separator_gives_no_row_for_the_first_token(tokenizers, problems, packing, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers["gsm-nano"].name_or_path)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    manifest = tokenize(problems, tokenizer, 200, packing, 4096, 0, tmp_path)
+    assert manifest["separator_id"] is None
+    masks = [mask for block in blocks_of(manifest, tmp_path) for mask in block.loss_mask]
+    assert not any(mask[0] for mask in masks) and all(mask[1:].all() for mask in masks)
 
 
 def test_a_held_out_dataset_is_of_one_split(tokenizers, problems, tmp_path):
