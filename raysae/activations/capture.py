@@ -36,6 +36,8 @@ class CaptureSettings:
     dtype: str
     tokens_per_forward: int
     seed: int
+    max_norm_ratio: float | None = None
+    """Rows of a norm above so many times the block's median, at any site, are dropped."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Capture:
 def capture_block(host: ModelHost, block: TokenBlock, root: Path, settings: CaptureSettings) -> dict[str, Any]:
     """Write the shard of `block` below `root` and return its facts (also in `shards/<name>.json`).
 
-    Rows are the block's kept tokens (loss_mask), less those with NaN or inf at any site, which are counted. Sums are of
-    the stored values, in float64.
+    Rows are the block's kept tokens (loss_mask), less those with NaN or inf at any site, and those of too large a norm
+    (`max_norm_ratio`), which are counted. Sums are of the stored values, in float64.
     """
     rows = block.rows
     order = np.random.default_rng([settings.seed, int(block.name.rsplit("-", 1)[-1], 16)]).permutation(rows)
@@ -70,15 +72,20 @@ def capture_block(host: ModelHost, block: TokenBlock, root: Path, settings: Capt
             finite[into] &= x.isfinite().all(1)
             x_of[site][into] = x
     columns = _row_columns(block, order)
-    kept = finite.numpy()
+    usual = finite.clone()
+    for x in x_of.values() if settings.max_norm_ratio and bool(finite.any()) else ():
+        norm = x.float().norm(dim=1)
+        usual &= norm <= settings.max_norm_ratio * norm[finite].median()
+    kept = usual.numpy()
     facts: dict[str, Any] = {"name": block.name, "split": block.split, "rows": int(kept.sum())}
-    facts["non_finite"] = rows - facts["rows"]
+    facts["non_finite"] = rows - int(finite.sum())
+    facts["norm_outliers"] = rows - facts["non_finite"] - facts["rows"]
     facts["sites"], sha256 = {}, {}
     for site, x in x_of.items():
-        x = x if facts["non_finite"] == 0 else x[finite]
+        x = x if facts["rows"] == rows else x[usual]
         facts["sites"][site] = _moments(x)
         sha256[_write(root, f"{site}/{block.name}.safetensors", lambda p, x=x: save_file({"x": x}, p))] = ""
-    table = columns if facts["non_finite"] == 0 else columns.filter(pa.array(kept))
+    table = columns if facts["rows"] == rows else columns.filter(pa.array(kept))
     sha256[_write(root, f"rows/{block.name}.parquet", lambda p: pq.write_table(table, p))] = ""
     facts["sha256"] = {relative: sha256_of(root / relative) for relative in sha256}
     write_json(_facts_file(root, block.name), facts)
@@ -176,8 +183,8 @@ def finish(
             f"capture.max_non_finite_fraction: {non_finite} of {tokens} rows hold NaN or inf "
             f"({non_finite / tokens:.2%}, allowed {max_non_finite_fraction:.2%}); with float16 try bfloat16"
         )
-    rows = sum(s["rows"] for s in shards)
-    if rows + non_finite != tokens:
+    rows, outliers = sum(s["rows"] for s in shards), sum(s["norm_outliers"] for s in shards)
+    if rows + non_finite + outliers != tokens:
         raise CaptureError(f"capture: {tokens} tokens were to be captured, the shards hold {rows} rows")
     sites = {}
     scaled_by = [s for s in shards if s["split"] == "train"] or shards
@@ -195,6 +202,7 @@ def finish(
         "model": model,
         "sites": sites,
         "dtype": settings.dtype,
+        "norm_outliers": outliers,
         "rows": {
             split: sum(s["rows"] for s in shards if s["split"] == split) for split in ("train", "validation", "test")
         },

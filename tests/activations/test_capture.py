@@ -197,6 +197,33 @@ def test_too_many_non_finite_rows_are_the_users_to_know(host, blocks, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_rows_of_huge_norm_are_dropped_at_every_site_and_counted_where_asked(host, blocks, tmp_path):
+    class Sinks(Spoiled):
+        """A hundred times the norm: one token at one site, another at the other."""
+
+        def read(self, input_ids, attention_mask, sites):
+            reads = {site: x.clone() for site, x in self.host.read(input_ids, attention_mask, sites).items()}
+            for site, token in zip(SITES, self.tokens, strict=True):
+                reads[site][input_ids == token] *= 100
+            return reads
+
+    block = blocks[0]
+    flat = np.concatenate(block.input_ids)
+    sinks = [int(t) for t in np.unique(flat[flat != BOS])[:2]]
+    several, rows = int(np.isin(flat, sinks).sum()), int((flat != BOS).sum())
+    for ratio, dropped in ((None, 0), (20.0, several), (1e6, 0)):
+        settings, root = replace(SETTINGS, max_norm_ratio=ratio), tmp_path / str(ratio)
+        facts = capture_block(Sinks(host, sinks), block, root, settings)
+        assert (facts["rows"], facts["norm_outliers"], facts["non_finite"]) == (rows - dropped, dropped, 0)
+        manifest = finish(root, [block_entry(block)], settings, host.fingerprint, 0.0)
+        assert manifest["norm_outliers"] == dropped and manifest["rows"]["train"] == rows - dropped
+        write_json(root / "manifest.json", manifest)
+        store = Store(root)
+        tokens = {c["token_id"] for c in store.row_columns(block.name).to_pylist()}
+        assert bool(tokens & {*sinks}) == (dropped == 0)
+        assert all(len(store.shard(site, block.name)) == rows - dropped for site in SITES)
+
+
 def test_values_that_overflow_float16_are_non_finite(host, blocks, tmp_path):
     class Huge(Spoiled):
         def read(self, input_ids, attention_mask, sites):
