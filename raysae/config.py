@@ -122,6 +122,9 @@ class DataConfig(Section):
     """Regular expression that splits a text file into examples."""
     text_replace: tuple[str, str] | None = None
     """Literal replacement `[old, new]` made in each example of a text file."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be read (no JSON, a column that is null or of another type, characters that are none): error names
+    it and stops; skip leaves it out and counts it."""
     examples: PositiveInt | None = None
     """How many examples to generate (arithmetic) or to keep at most (others; a seeded sample)."""
     context_length: PositiveInt | None = None
@@ -170,6 +173,9 @@ class CaptureConfig(Section):
     """Padded tokens in one forward pass."""
     max_non_finite_fraction: Fraction = 0.0
     """Share of rows with NaN or inf that is tolerated; tolerated rows are dropped and counted."""
+    max_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Rows whose norm is more than so many times the median norm of their shard, at any site, such as 10 for attention
+    sinks and massive activations, are dropped and counted; unset: none. CE is measured at their tokens all the same."""
 
 
 class PruneConfig(Section):

@@ -48,6 +48,8 @@ from raysae.sweep.replay import Replay
 RESERVED = ("stages", "looks", "replications")
 """Folders of an output root that are no run's."""
 MADE_FROM = "made_from"
+OF_THE_STORE = ("model", "sites", "rows", "dtype", "left_out", "not_compared")
+"""What a run's store.json holds of its store's manifest."""
 
 
 def sweep(config: SweepJob) -> Run:
@@ -249,7 +251,7 @@ class Flow(Evidence):
                 if (nulls.path / "saes").is_dir():
                     link_or_copy(nulls.path / "saes", folder / "nulls")
             (folder / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
-            write_json(folder / "store.json", {k: store.manifest[k] for k in ("model", "sites", "rows", "dtype")})
+            write_json(folder / "store.json", {k: store.manifest[k] for k in OF_THE_STORE})
             facts = {
                 name: {**found, "store": read.path.name}
                 for nulls, read, _ in made.controlled

@@ -25,7 +25,7 @@ from raysae.cluster import Cluster, Placement, connect, disconnect, output_root,
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
 from raysae.data.records import read_records, write_records
-from raysae.data.sources import GSM8K_HUB, load_problems
+from raysae.data.sources import GSM8K_HUB, LeftOut, load_problems
 from raysae.data.splits import divide, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
@@ -44,7 +44,7 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe, width
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 2, "tokens": 1, "store": 1, "sweep": 8, "nulls": 2, "null_model": 1, "evaluation": 5,
+    "model": 1, "records": 2, "tokens": 2, "store": 2, "sweep": 8, "nulls": 2, "null_model": 1, "evaluation": 5,
     "stability": 2, "domains": 3, "transfer": 2, "invariance": 2, "probes": 1, "features": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
@@ -123,10 +123,13 @@ class Stages:
         data = held_out or self.config.data
 
         def build(path: Path) -> Mapping[str, Any]:
+            left_out = LeftOut(skip=data.on_bad_row == "skip")
             loaded = load_problems(
                 data.source, data.path, data.subset, data.hub_split, data.columns.model_dump(), data.text_separator,
-                data.text_replace, data.examples, self.config.seed,
+                data.text_replace, data.examples, self.config.seed, left_out=left_out,
             )  # fmt: skip
+            for line in left_out.lines():
+                say(f"records: {line}")
             found = len(loaded)
             if apart_from is not None:
                 known = read_records(apart_from.path / "records.parquet")
@@ -143,11 +146,11 @@ class Stages:
             counts = {split: sum(p.split == split for p in problems) for split in ("train", "validation", "test")}
             groups = len({p.group for p in problems})
             say(f"records: {len(problems):,} examples in {groups:,} groups: {counts}")
-            short = len(problems) if near is None else near.short
-            if near is not None and short:
-                say(f"records: {short / len(problems):.1%} of the texts are shorter than a shingle; only equal ones unite")
-            not_compared = {"not_compared": short / len(problems)}  # share whose near-duplicates cannot be found
-            return {"examples": counts, "groups": groups, "left_out": found - len(loaded), **not_compared}
+            short = None if near is None else near.short / len(problems)
+            if short:
+                say(f"records: {short:.1%} of the texts are shorter than a shingle; only equal ones unite")
+            rows = {"bad_rows": len(left_out.bad), "blank_rows": left_out.blank, "not_compared": short}
+            return {"examples": counts, "groups": groups, "left_out": found - len(loaded), **rows}
 
         inputs = data.model_dump(mode="json", exclude={"context_length", "packing"})
         source_hash = _source_hash(data.path) if held_out else self.source_hash
@@ -173,7 +176,13 @@ class Stages:
                     f"data.context_length: {context_length} leaves out {dropped} of {dropped + kept} examples; raise it "
                     f"(the longest has {made['longest']} tokens), or join texts with data.packing concat"
                 )
-            say(f"tokens: {made['rows']}" + (f"; {dropped} longer than {context_length} left out" if dropped else ""))
+            lost = {f"examples longer than {context_length}": dropped, "examples without a row": made["dropped_empty"]}
+            lost["tokens at which a text was cut, no rows"] = made["cut_starts"]
+            said = "".join(f"; left out: {count:,} {what}" for what, count in lost.items() if count)
+            say(f"tokens: {made['rows']}{said}")
+            lost |= {"bad rows": records.manifest["bad_rows"], "rows without text": records.manifest["blank_rows"]}
+            made["left_out"] = {what: count for what, count in lost.items() if count}
+            made["not_compared"] = records.manifest["not_compared"]
             return {**made, "cost": {"tokens": sum(made["rows"].values())}}
 
         inputs = {
@@ -185,7 +194,15 @@ class Stages:
             "rows_per_block": self.config.capture.rows_per_shard,
             "seed": self.config.seed,
         }
-        return self._stage(f"{kind_of(records)}tokens", inputs, build)
+        made = self._stage(f"{kind_of(records)}tokens", inputs, build)
+        largest, rows = made.manifest["largest_id"], self._facts(model).vocab_size
+        if largest >= rows:
+            name = self.config.model.tokenizer or model
+            raise UserError(
+                f"model.tokenizer: {name!r} makes token {largest}, but the model's embedding has {rows} rows; name the "
+                "model's own tokenizer"
+            )
+        return made
 
     def store(self, tokens: Stage, model: str, at: str | None = None) -> Stage:
         """The activation store, of the config's sites or of one."""
@@ -195,13 +212,20 @@ class Stages:
         c = self.config.capture
         made_with = self._fingerprint(model)
         sites = (at,) if at else self._check_sites(self._facts(model))
-        settings = capture.CaptureSettings(sites, c.dtype, c.tokens_per_forward, self.config.seed)
+        settings = capture.CaptureSettings(sites, c.dtype, c.tokens_per_forward, self.config.seed, c.max_norm_ratio)
         blocks = tokens.manifest["blocks"]
 
         def build(path: Path) -> Mapping[str, Any]:
             work = {"capture": capture.Capture(path, settings)}
             cost = self._over_blocks(work, blocks, capture.done, tokens.path, model)
             manifest = capture.finish(path, blocks, settings, made_with, c.max_non_finite_fraction)
+            lost = {f"rows of more than {c.max_norm_ratio or 0:g} times the median norm": manifest["norm_outliers"]}
+            lost["rows with NaN or inf"] = next(iter(manifest["sites"].values()))["non_finite"]
+            lost = {what: count for what, count in lost.items() if count}
+            for what, count in lost.items():
+                say(f"capture: left out: {count:,} {what}")
+            manifest["left_out"] = {**tokens.manifest["left_out"], **lost}
+            manifest["not_compared"] = tokens.manifest["not_compared"]
             return {**manifest, "cost": {"tokens": sum(manifest["rows"].values()), **cost}}
 
         inputs = {
@@ -211,6 +235,7 @@ class Stages:
             "sites": sites,
             "dtype": c.dtype,
             "max_non_finite_fraction": c.max_non_finite_fraction,
+            "max_norm_ratio": c.max_norm_ratio,
             "seed": self.config.seed,
         }
         made = self._stage(f"{kind_of(tokens)}store", inputs, build)
@@ -491,7 +516,10 @@ class Stages:
     def _check_sites(self, facts: ModelFacts) -> tuple[str, ...]:
         """The sites to capture, checked against the model, in order of computation."""
         wanted = self.config.capture.sites or (default_site(self.config.model.name, facts.n_blocks),)
-        return tuple(site.name for site in order_sites(wanted, facts.n_blocks))
+        names = tuple(site.name for site in order_sites(wanted, facts.n_blocks))
+        for name in names:
+            facts.width(name)  # refuses one that only other architectures have
+        return names
 
     def _tokenizer(self, model: str) -> PreTrainedTokenizerBase:
         m = self.config.model

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from small import GATE, sae_hashes, small_job, small_values, stage_of, write_config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 
 import raysae
 from raysae.activations.store import Store
@@ -23,6 +24,7 @@ from raysae.config import NULLS
 from raysae.errors import UserError
 from raysae.evidence import Controls
 from raysae.flow import Flow, Made, controls_of
+from raysae.models.embedded import build_tokenizer
 from raysae.sae import formats
 from raysae.sweep.collect import FACTS
 
@@ -350,7 +352,16 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
     empty = tmp_path / "empty.txt"
     empty.write_text("\n\n")
     prose = tmp_path / "prose.txt"
-    prose.write_text("\n\n".join(f"number {n} and some words" for n in range(8)))
+    prose.write_text("\n\n".join(f"number{n} and some words{n}" for n in range(8)))
+    half, wide, null = (tmp_path / name for name in ("half.jsonl", "wide.jsonl", "null.jsonl"))
+    half.write_text(r'{"question": "a \ud800 b"}')
+    wide.write_text('{"question": "a b"}', encoding="utf-16")
+    null.write_text('{"question": "a b"}\n{"question": null}')
+    small, vision = tmp_path / "small", tmp_path / "vision"
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(small)
+    build_tokenizer().save_pretrained(small)
+    LlavaConfig(text_config=config).save_pretrained(vision)
     unmeasured = tmp_path / "unmeasured.yaml"
     unmeasured.write_text(GATE.read_text().replace("    metric: fvu\n", "    metric: fvu\n    must_beat: pca\n"))
     pickled = tmp_path / "pickled"
@@ -361,6 +372,11 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "missing file": ({"data": {"source": "gsm8k", "path": str(tmp_path / "none.jsonl")}}, "none.jsonl"),
         "malformed row": ({"data": {"source": "gsm8k", "path": str(bad)}}, "bad.jsonl:2"),
         "empty": ({"data": {"source": "text", "path": str(empty)}}, "empty.txt"),
+        "surrogate": ({"data": {"source": "dataset", "path": str(half)}}, "half.jsonl:1: \\ud800"),
+        "utf-16": ({"data": {"source": "dataset", "path": str(wide)}}, "wide.jsonl: not UTF-8"),
+        "null": ({"data": {"source": "dataset", "path": str(null)}}, "null.jsonl row 1: data.columns.question holds None"),
+        "vocabulary": ({"model": {"name": str(small)}}, "model.tokenizer: "),
+        "vision": ({"model": {"name": str(vision)}}, "is a llava around a llama"),
         "unknown site": ({"capture": {"sites": ["blocks.9.resid_post"]}}, "capture.sites"),
         "context": ({"data": {"context_length": 4096}}, "data.context_length"),
         "pickle": ({"model": {"name": str(pickled)}}, "pickle"),
@@ -370,7 +386,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "architecture": ({"sweep": {"architectures": ["linear"]}}, "sweep.architectures: 'linear' is not allowed"),
         "batch": ({"training": {"batch_size": 0}}, "training.batch_size"),
         "gate": ({"gate": str(tmp_path / "no.yaml")}, "gate"),
-        "null": ({"gate": str(unmeasured)}, "evaluation.nulls: untrained lacks pca"),
+        "null control": ({"gate": str(unmeasured)}, "evaluation.nulls: untrained lacks pca"),
         "labels": (
             {"data": {"source": "text", "path": str(prose)}, "probes": {"labels": ["operation"]}},
             "probes.labels: none",
@@ -380,7 +396,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
 
 @pytest.mark.parametrize("name", [
     "missing file", "malformed row", "empty", "unknown site", "context", "pickle", "gpus", "expansion", "l1", "batch",
-    "gate", "architecture", "null", "labels",
+    "gate", "architecture", "null control", "labels", "surrogate", "utf-16", "null", "vocabulary", "vision",
 ])  # fmt: skip
 def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
     changes, named = mistakes(tmp_path)[name]
@@ -391,7 +407,7 @@ def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
     assert not list(output.glob("*/config.yaml"))
     if name != "gpus":  # which is known once the cluster is there
         made = {path.name.split("-")[0] for path in output.glob("stages/*")} - {".locks"}
-        assert made == ({"records"} if name == "labels" else set())
+        assert made == {"labels": {"records"}, "vocabulary": {"records", "tokens"}}.get(name, set())
 
 
 def test_a_mistake_exits_with_2_and_prints_one_line(tmp_path):

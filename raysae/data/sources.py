@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ def load_problems(
     examples: int | None = None,
     seed: int = 0,
     base_dir: Path | None = None,
+    left_out: LeftOut | None = None,
 ) -> list[Problem]:
     """Load a source as records without splits.
 
@@ -46,24 +49,27 @@ def load_problems(
     text_replace: literal (old, new), applied to each text.
     examples: how many to generate, or to keep at most: a sample without replacement, in source order.
     base_dir: folder that a relative `path` starts from.
+    left_out: counts rows that became no record, and says whether bad ones may be left out; unset: they may not.
 
     Raises UserError for missing files, malformed rows, missing columns, and where nothing is left.
     """
+    left_out = left_out or LeftOut()
     local = (base_dir or Path()) / path if path is not None else None
     if source == "arithmetic":
         problems = _arithmetic(examples or ARITHMETIC_EXAMPLES, seed)
     elif source == "gsm8k":
-        problems = _gsm8k(local, subset, hub_split)
+        problems = _gsm8k(local, subset, hub_split, left_out)
     elif source == "text":
         problems = _text(local, text_separator, text_replace)
     elif source == "dataset":
         if path is None or local is None:
             raise UserError("data.path: not set; source dataset needs a file or a hub name")
-        problems = _dataset(path, local, subset, hub_split, columns or {}, examples, seed)
+        problems = _dataset(path, local, subset, hub_split, columns or {}, examples, seed, left_out)
     else:
         raise UserError(f"data.source: {source!r} is not one of arithmetic, gsm8k, text, dataset")
     if not problems:
-        raise UserError(f"data.path: no example in {path}")
+        bad = f", and {left_out.lines()[0]}" if left_out.bad else ""
+        raise UserError(f"data.path: no example in {path}{bad}")
     return [problems[index] for index in _sample(len(problems), examples, seed)]
 
 
@@ -81,7 +87,7 @@ def _arithmetic(count: int, seed: int) -> list[Problem]:
     ]
 
 
-def _gsm8k(path: Path | None, subset: str | None, split: str) -> list[Problem]:
+def _gsm8k(path: Path | None, subset: str | None, split: str, left_out: LeftOut) -> list[Problem]:
     if path is None:
         rows = _hub(GSM8K_HUB[0], subset or GSM8K_HUB[1], split)
         located = iter([(f"{GSM8K_HUB[0]} row {row}", record) for row, record in enumerate(rows)])
@@ -90,13 +96,14 @@ def _gsm8k(path: Path | None, subset: str | None, split: str) -> list[Problem]:
         if not file.is_file():
             raise UserError(f"data.path: no file {file}; give GSM8K's JSONL file, or a folder that holds {split}.jsonl")
         split = file.stem
-        located = _read_jsonl(file)
+        located = _read_jsonl(file, left_out)
     problems = []
     for row, (where, record) in enumerate(located):
-        for key in ("question", "answer"):
-            if not isinstance(record.get(key), str):
-                found = f"holds {_short(record[key])}" if key in record else "is missing"
-                raise UserError(f"{where}: key {key!r} {found}; it must hold text")
+        wrong = [key for key in ("question", "answer") if not isinstance(record.get(key), str)]
+        if wrong:
+            found = f"holds {_short(record[wrong[0]])}" if wrong[0] in record else "is missing"
+            left_out.refuse(f"{where}: key {wrong[0]!r} {found}; it must hold text")
+            continue
         problems.append(make_problem(f"gsm8k/{split}/{row}", "gsm8k", record["question"], answer=record["answer"]))
     return problems
 
@@ -128,9 +135,10 @@ def _dataset(
     columns: Mapping[str, str | None],
     examples: int | None,
     seed: int,
+    left_out: LeftOut,
 ) -> list[Problem]:
     if local.is_file() or local.suffix in LOADERS:
-        rows, place, prefix, dataset = _local_rows(local), str(local), local.stem, local.stem
+        rows, place, prefix, dataset = _local_rows(local, left_out), str(local), local.stem, local.stem
     else:
         # `datasets` reads a folder as it reads a hub name; an id holds the folder's name, as its path is the machine's.
         place, dataset = (str(local), local.name) if local.is_dir() else (name, name)
@@ -148,26 +156,22 @@ def _dataset(
     for row in _sample(len(rows), examples, seed):
         record = rows[row]
         values = {role: record.get(column) for role, column in chosen.items()}
-        where = f"{place} row {row}"
-        if not isinstance(values["question"], str):
-            raise UserError(f"{where}: data.columns.question holds {_short(values['question'])}; it must hold text")
-        if not values["question"].strip():
+        wrong = _wrong(values)
+        if wrong:
+            left_out.refuse(f"{place} row {row}: {wrong}")
             continue
-        for role in ("answer", "group", "example_id"):
-            if role in values and (isinstance(values[role], bool) or not isinstance(values[role], str | int | float)):
-                raise UserError(
-                    f"{where}: data.columns.{role} holds {_short(values[role])}; it must hold text or a number"
-                )
+        question = str(values["question"])
+        if not question.strip():
+            left_out.blank += 1
+            continue
         steps = values.get("steps")
         if isinstance(steps, str):
             steps = steps.split("\n")
-        if "steps" in values and not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):
-            raise UserError(f"{where}: data.columns.steps holds {_short(steps)}; it must hold text or a list of texts")
         problems.append(
             make_problem(
                 str(values.get("example_id", f"{prefix}/{row}")),
                 dataset,
-                values["question"],
+                question,
                 group=str(values["group"]) if "group" in values else None,
                 answer=str(values.get("answer", "")),
                 steps=steps,
@@ -179,13 +183,28 @@ def _dataset(
     return problems
 
 
-def _local_rows(path: Path) -> Sequence[dict[str, Any]]:
+def _wrong(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row's values by role, or None."""
+    if not isinstance(values["question"], str):
+        return f"data.columns.question holds {_short(values['question'])}; it must hold text"
+    for role in ("answer", "group", "example_id"):
+        if role in values and (isinstance(values[role], bool) or not isinstance(values[role], str | int | float)):
+            return f"data.columns.{role} holds {_short(values[role])}; it must hold text or a number"
+    steps = values.get("steps", "")
+    if not isinstance(steps, str) and not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):
+        return f"data.columns.steps holds {_short(steps)}; it must hold text or a list of texts"
+    return None
+
+
+def _local_rows(path: Path, left_out: LeftOut) -> Sequence[dict[str, Any]]:
     if path.suffix not in LOADERS:
         raise UserError(f"data.path: {path} is not a {', '.join(LOADERS)} file")
     if not path.is_file():
         raise UserError(f"data.path: no file {path}")
     if path.suffix == ".jsonl":  # our own reader names the line that is malformed
-        return [record for _, record in _read_jsonl(path)]
+        return [record for _, record in _read_jsonl(path, left_out)]
+    if path.suffix != ".parquet":
+        _check_text(path)
     return _load(str(path), LOADERS[path.suffix], data_files=str(path), split="train")
 
 
@@ -204,25 +223,50 @@ def _load(label: str, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"data.path: cannot load {label}: {reason}") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(path: Path, left_out: LeftOut) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each record with its place `file:line`; blank lines are skipped."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
+            if "\\ud" in line.lower():  # one half of a pair is JSON, but no text that can be stored or tokenized
+                json.dumps(record, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: holds {_short(record)}; each line must be a JSON object")
-        yield f"{path}:{number}", record
+            left_out.refuse(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})")
+        except UnicodeEncodeError as error:
+            lone = error.object[error.start].encode("unicode_escape").decode()
+            left_out.refuse(f"{path}:{number}: {lone} is half of a character (a lone surrogate), which is no text")
+        except RecursionError:
+            left_out.refuse(f"{path}:{number}: nested too deeply to be read")
+        else:
+            if isinstance(record, dict):
+                yield f"{path}:{number}", record
+            else:
+                left_out.refuse(f"{path}:{number}: holds {_short(record)}; each line must be a JSON object")
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
+    _check_text(path)
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _check_text(path: Path) -> None:
+    """Refuse a file that is not UTF-8."""
+    decoder, done = getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            part = file.read(1 << 20)
+            if done == 0 and (part.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in part):
+                raise UserError(f"{path}: not UTF-8 but UTF-16, it seems, or binary; convert the file (iconv -t UTF-8)")
+            try:
+                decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                at = done + error.start - len(decoder.getstate()[0])
+                raise UserError(f"{path}: not UTF-8 at byte {at}; convert the file (iconv -t UTF-8)") from None
+            done += len(part)
+            if not part:
+                return
 
 
 def _cut(text: str, separator: re.Pattern[str]) -> Iterator[str]:
@@ -237,3 +281,26 @@ def _cut(text: str, separator: re.Pattern[str]) -> Iterator[str]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass
+class LeftOut:
+    """Rows of a source that became no record."""
+
+    skip: bool = False
+    """Leave bad rows out; else the first is a UserError."""
+    bad: list[str] = field(default_factory=list)
+    """What is wrong with each bad row, and where it is."""
+    blank: int = 0
+    """Rows whose question is empty, or space alone."""
+
+    def refuse(self, line: str) -> None:
+        """Note a bad row, or raise."""
+        if not self.skip:
+            raise UserError(f"{line}; mend it, or leave such rows out with data.on_bad_row skip")
+        self.bad.append(line)
+
+    def lines(self) -> list[str]:
+        """What a run says of it."""
+        said = [f"{len(self.bad):,} bad rows left out, the first {self.bad[0]}"] if self.bad else []
+        return said + ([f"{self.blank:,} rows without text left out"] if self.blank else [])

@@ -271,9 +271,15 @@ def facts(table: pd.DataFrame, config: Mapping[str, Any], store: Mapping[str, An
         ("Site", ", ".join(sorted(table["site"].dropna().astype(str).unique()))),
         ("SAEs", ", ".join(f"{counts[status]} {status}" for status in sorted(counts.index, key=ORDER.__getitem__))),
         ("Training tokens each", show("tokens", trained) if is_number(trained) else None),
+        ("Left out", ", ".join(f"{count:,} {what}" for what, count in (store.get("left_out") or {}).items())),
+        ("Too short to find near-duplicates of", _share(store.get("not_compared"))),
         ("Rows stored", ", ".join(f"{split} {count:,}" for split, count in rows.items() if is_number(count))),
     ]
     return [(name, str(value)) for name, value in found if value]
+
+
+def _share(value: Any) -> str | None:
+    return f"{value:.1%} of the examples" if is_number(value) and value > 0 else None
 
 
 def _ready(table: pd.DataFrame) -> pd.DataFrame:

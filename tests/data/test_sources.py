@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from raysae.data.records import render
-from raysae.data.sources import load_problems
+from raysae.data.sources import LeftOut, load_problems
 from raysae.errors import UserError
 
 STORY = r"(?<!\n)\n(?!\n)"
@@ -60,6 +60,49 @@ def test_a_malformed_gsm8k_line_is_named(write, bad, message):
     with pytest.raises(UserError, match=re.escape(f"{path}:4: ") + message) as raised:
         load_problems("gsm8k", path)
     assert "\n" not in str(raised.value)
+
+
+NULLS = [{"question": "a?"}, {"question": None}, {"question": " "}, {"question": 5}, {"question": "b?"}]
+LONE = r'{"question": "half \ud800 of one", "answer": "#### 1"}'
+
+
+def test_bad_rows_stop_or_are_left_out_and_counted(write):
+    path = write("set.jsonl", *map(json.dumps, NULLS))
+    with pytest.raises(UserError, match=r"row 1: data\.columns\.question holds None; .* data\.on_bad_row skip"):
+        load_problems("dataset", path)
+    left_out = LeftOut(skip=True)
+    assert [p.example_id for p in load_problems("dataset", path, left_out=left_out)] == ["set/0", "set/4"]
+    assert (len(left_out.bad), left_out.blank) == (2, 1)
+    assert left_out.lines()[0].startswith(f"2 bad rows left out, the first {path} row 1: data.columns.question holds None")
+    assert left_out.lines()[1] == "1 rows without text left out"
+
+    path = write("train.jsonl", GOOD, "[1]", LONE, "{", '{"question": "q?", "answer": null}', GOOD, "[" * 10**5)
+    left_out = LeftOut(skip=True)
+    assert len(load_problems("gsm8k", path, left_out=left_out)) == 2
+    places = [re.match(r".*train\.jsonl:(\d)", line)[1] for line in left_out.bad]
+    assert sorted(places) == ["2", "3", "4", "5", "7"]
+    with pytest.raises(UserError, match=r"no example in .*, and 1 bad rows left out, the first .*:1: holds"):
+        load_problems("gsm8k", write("bad.jsonl", "[1]"), left_out=LeftOut(skip=True))
+
+
+@pytest.mark.parametrize("source", ["gsm8k", "dataset"])
+def test_half_a_character_is_named(write, source):
+    path = write("train.jsonl", GOOD, LONE)
+    with pytest.raises(UserError, match=r"train\.jsonl:2: \\ud800 is half of a character") as caught:
+        load_problems(source, path)
+    assert "\n" not in str(caught.value)
+    pair = write("pair.jsonl", r'{"question": "\ud83d\ude00", "answer": "#### 1"}')
+    assert load_problems(source, pair)[0].question == "😀"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.txt", "train.csv", "train.json"])
+def test_a_file_that_is_not_utf8_is_one_line(tmp_path, encoding, name):
+    lines = {"train.csv": ["question", "é?", "b?"]}.get(name, ['{"question": "é?", "answer": "#### 1"}'])
+    (tmp_path / name).write_text("\n".join(lines), encoding=encoding)
+    with pytest.raises(UserError, match=rf"{name}.*({'UTF-8|utf-8'})") as caught:
+        load_problems("text" if name.endswith("txt") else "dataset", str(tmp_path / name))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_missing_is_named(tmp_path, write):

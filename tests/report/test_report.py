@@ -19,7 +19,7 @@ import yaml
 from browser import CHROMIUM, visit
 
 from raysae.errors import UserError
-from raysae.report import figures, write_report
+from raysae.report import figures, page, write_report
 from raysae.report.columns import interval, show, show_threshold
 from raysae.report.page import inert
 
@@ -710,3 +710,12 @@ def test_probes_have_a_table_per_label_with_every_baseline_and_flags_in_words(tm
     assert "No leak was found" not in part and "3,193 rows of 40 groups" in part
     assert "0.81; with shuffled labels" in part and "95% of them below 0.88" in part
     assert "Not measured: fewer than two classes" in part
+
+
+def test_what_became_no_row_stands_among_the_facts():
+    table = pd.DataFrame({"status": ["completed"], "tokens": [10.0], "site": ["blocks.0.resid_post"]})
+    store = {"left_out": {"bad rows": 1200, "examples without a row": 1}, "not_compared": 0.0251}
+    found = dict(page.facts(table, {}, store))
+    assert found["Left out"] == "1,200 bad rows, 1 examples without a row"
+    assert found["Too short to find near-duplicates of"] == "2.5% of the examples"
+    assert not {"Left out", "Too short to find near-duplicates of"} & {*dict(page.facts(table, {}, {"not_compared": 0.0}))}
