@@ -17,6 +17,7 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
+from raysae.errors import Damaged
 from raysae.files import inside, is_folder_name, plain, read_json, write_atomic
 from raysae.report import figures
 from raysae.report.columns import COLUMNS, cell, is_number, label, show
@@ -170,8 +171,11 @@ def _features(directory: Path) -> tuple[dict[str, Any], Markup, Markup]:
         return {}, Markup(""), Markup("")
     summary = read_json(source / "features.json")
     for contexts in SHOWN_CONTEXTS:
-        with (source / "cards.jsonl").open(encoding="utf-8") as file:
-            cards = script_json({**compact(map(json.loads, file), contexts), "rows": summary["rows"]})
+        try:
+            with (source / "cards.jsonl").open(encoding="utf-8") as file:
+                cards = script_json({**compact(map(json.loads, file), contexts), "rows": summary["rows"]})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise Damaged(source / "cards.jsonl", "does not hold a card per line") from None
         if len(cards) < FULL_SIZE:
             break
     title = "Latents by firing density"

@@ -7,6 +7,7 @@ chose) and `state/` (of packs in training). Ray Tune's own state is not among th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def read_rungs(file: Path) -> list[dict[str, Any]]:
             break
         if not isinstance(rung, dict):
             break
-        found.append(rung)
+        found.append({name: math.nan if value is None else value for name, value in rung.items()})
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 
 from raysae.activations.store import Store
 from raysae.artifacts import read_json, write_atomic, write_json
-from raysae.files import whole_folder
+from raysae.files import plain, whole_folder
 from raysae.sae import formats
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.losses import Batch
@@ -160,7 +160,7 @@ def _cut_history(trial: Trial, sae_id: str, tokens: int) -> None:
     """Leave the rungs up to `tokens`, from which a trial goes on: those after them it writes again."""
     path = _history_of(trial, sae_id)
     if path.exists():
-        kept = "".join(json.dumps(rung) + "\n" for rung in read_rungs(path) if rung["tokens"] <= tokens)
+        kept = "".join(_line(rung) for rung in read_rungs(path) if rung["tokens"] <= tokens)
         write_atomic(path, lambda temporary: temporary.write_text(kept))
 
 
@@ -298,7 +298,11 @@ def _append_history(trial: Trial, metrics: dict[str, Any]) -> None:
     path = _history_of(trial, metrics["sae_id"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
+        file.write(_line(metrics))
+
+
+def _line(rung: dict[str, Any]) -> str:
+    return json.dumps(plain(rung), allow_nan=False) + "\n"
 
 
 def _save_sae(trial: Trial, pack: Pack, site: str, member: Member) -> None:
