@@ -317,7 +317,9 @@ def run(tmp_path):
 
 def test_the_job_probes_the_closest_sae_where_none_was_chosen(run):
     command = [sys.executable, str(ROOT / "jobs" / "probe.py"), str(run), "--labels", "operation,answer", "--ks", "1"]
-    done = subprocess.run([*command, "--bootstrap", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, "--split", "test", "--bootstrap", "50"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "operation: *, +; " in done.stdout and "untrained_model: not measured" in done.stdout
     about = json.loads((run / "probes" / "probes.json").read_text())
@@ -342,7 +344,7 @@ def test_the_job_takes_the_run_s_own_null_as_baseline(run):
     write_json(run / "nulls.json", {names[a]: {**facts, "architecture": a} for a in kinds})
     reseal(run)
     job = runpy.run_path(str(ROOT / "jobs" / "probe.py"))["main"]
-    job([str(run), "--labels", "operation", "--ks", "1", "--bootstrap", "50"])
+    job([str(run), "--labels", "operation", "--split", "test", "--ks", "1", "--bootstrap", "50"])
     table = pd.read_parquet(run / "probes" / "probes.parquet").set_index(["input", "probe"])
     assert table.loc[("untrained_model", "dense"), "balanced_accuracy"] == 0.5
     assert Run.open(run).stage("store").name == "store-1"
@@ -355,8 +357,8 @@ def test_the_job_takes_the_run_s_own_null_as_baseline(run):
         (["--labels", "colour"], "labels.0: 'colour' is not allowed; input should be 'step', 'step_type'"),
         (["--sae", "two"], "has no SAE 'two'; it has one"),
         (["--split", "validation"], "has no validation rows"),
-        (["--rows", "3"], "rows: 3 rows hold too few groups for 5 folds"),
-        (["--labels", "step"], "labels: none of step has two classes with 10 groups each in the test split"),
+        (["--split", "test", "--rows", "3"], "rows: 3 rows hold too few groups for 5 folds"),
+        (["--split", "test", "--labels", "step"], "labels: none of step has two classes with 10 groups each in the test"),
         (["--untrained", "nowhere"], "run: nowhere has no decision.json"),
     ],
 )
