@@ -145,7 +145,8 @@ class Run:
         if name is None:
             return None
         store = self.stage_directory(self.nulls[name]["store"], verify=True)
-        return Subject(Store(store), str(row["site"]), self._load(f"nulls/{name}"))
+        null = folder_name(name, str(self.path / "nulls.json"))
+        return Subject(Store(store), str(row["site"]), self._load(f"nulls/{null}"))
 
     @property
     def figures(self) -> dict[str, Path]:
