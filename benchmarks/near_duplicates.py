@@ -25,7 +25,7 @@ import numpy as np
 
 from raysae.data import duplicates
 
-STORIES = Path(__file__).parents[2] / "shared/data/tinystories_text/tiny_stories.txt"
+SHARED = Path(common.os.environ.get("RAYSAE_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 THRESHOLD = 0.8
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     parser = common.parser(__doc__)
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--beside", type=int, default=10_000, help="documents that MinHash gets too (default 10,000)")
-    parser.add_argument("--text", type=Path, default=STORIES)
+    parser.add_argument("--text", type=Path, default=SHARED / "data/tinystories_text/tiny_stories.txt")
     args = parser.parse_args()
     load = common.os.getloadavg()[0]
     walks = Walks(re.findall(r"\w+", args.text.read_text()))

@@ -63,7 +63,8 @@ def test_a_run_holds_what_the_contract_says(run):
     assert set(run.table["status"]) == {"completed"} and len(run.table) == 4
     assert set(run.saes) == set(run.table["sae_id"])
     assert run.table["tokens"].nunique() == 1
-    for metric in ("fvu", "l0", "ce_loss_recovered"):
+    assert run.table["ce_loss_recovered"].isna().all(), "the model's weights are random: to ablate a site loses nothing"
+    for metric in ("fvu", "l0", "ce_delta"):
         low, value, high = (run.table[f"{metric}{end}"] for end in ("_low", "", "_high"))
         assert ((low <= value + 1e-9) & (value <= high + 1e-9)).all()
     assert (run.table.query("architecture == 'topk'")["l0"] <= 4).all()
@@ -299,7 +300,7 @@ def test_every_null_is_measured_and_judged_beside_its_sae(controlled):
         assert table.at[m["compared"], "architecture"] == architecture
         assert formats.load(controlled.path / "nulls" / name).config.d_sae == m["d_sae"]
         assert m["dead_fraction"] == m["never_fired_fraction"]  # its dead window is the split: it was not trained
-        assert (m["ce_loss_recovered"] is None or np.isnan(m["ce_loss_recovered"])) == (kind == "untrained_model")
+        assert (m["ce_delta"] is None or np.isnan(m["ce_delta"])) == (kind == "untrained_model")
         if kind == "permuted" or (kind in ("pca", "ica") and architecture == "topk"):
             assert m["l0"] == pytest.approx(table.at[m["compared"], "l0"], abs=1e-6)
     assert all(kind in controlled.report.read_text() for kind in ("PCA", "decoder rows permuted", "random weights"))
