@@ -583,6 +583,12 @@ class ModelHost:
         # On a GPU, a position beyond the table of a model such as GPT-2 would end the process's CUDA context.
         if self.context_length is not None and input_ids.shape[1] > self.context_length:
             raise ValueError(f"{input_ids.shape[1]} positions, but the context of {self.name} is {self.context_length}")
+        rows = self.facts.vocab_size  # so would a token beyond the embedding
+        if input_ids.device.type == "cpu" and input_ids.numel() and int(input_ids.max()) >= rows:
+            raise UserError(
+                f"model.tokenizer: token {int(input_ids.max())}, but the embedding of {self.name} has {rows} rows; name "
+                "the model's own tokenizer"
+            )
 
     def _hook(self, site: Site, visit: Callable[[Site, Tensor], Tensor]) -> RemovableHandle:
         """Call `visit` with the activation at `site` whenever the model computes it, and go on with what it returns."""
