@@ -5,7 +5,9 @@ a probe may choose (columns, regularisation) it chooses inside the training fold
 nonlinearity. Every probe of a label runs on the same rows, folds and bootstrap resamples, so that differences are paired:
 
 majority        class frequencies of the training folds
+position        position in the sequence, one-hot and as a number
 token           one-hot token id
+bigram          one-hot token id, the one before, and the pair
 raw             the activations that the SAE reads
 sae             its latents
 shuffled        its latents with the labels of other parts (examples, for a label of whole examples); mean of 5 shuffles
@@ -13,12 +15,14 @@ random_sae      latents of the SAE as it was before training, from another seed
 untrained_model latents of an SAE of an untrained model, on the same tokens; where that null was measured, or a run is given
 
 Scores: macro-F1, balanced accuracy (chance is 1 / classes), AUROC (one against the rest, mean over classes and folds),
-each with a percentile interval over groups; selectivity = macro-F1 - that with shuffled labels (Hewitt & Liang 2019).
+each with an interval over groups. Selectivity = macro-F1 - that of the same probe on a control task: a label drawn at
+random for each word type (token id), as often as the true ones are, so that only a probe that learns words by heart solves
+it (Hewitt & Liang 2019, §2).
 """
 
 from __future__ import annotations
 
-import warnings
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse, stats
+from sklearn.feature_extraction.text import CountVectorizer
 
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic, write_json
@@ -37,12 +42,21 @@ from raysae.data.splits import near_duplicate_groups
 from raysae.errors import UserError
 from raysae.evaluate.linear import Fit, Scored, Settings, cross_validate, group_folds, macro_f1, majority, recall, score
 from raysae.evaluate.nulls import random_sae
-from raysae.evaluate.statistics import cohens_d, group_weights, interval, largest_d_null, paired_permutation
+from raysae.evaluate.statistics import (
+    RankScores,
+    cohens_d,
+    family_wise_p,
+    group_weights,
+    interval,
+    paired_permutation,
+)  # fmt: skip
 from raysae.progress import Progress
 from raysae.sae.formats import load
 from raysae.sae.sae import SAE
 
 ROWS_AT_ONCE = 4096
+SURFACE = {"position": "the position", "token": "the token id", "bigram": "two token ids"}
+"""Baselines that take no model, and what they are called in a flag."""
 SCORES = ("macro_f1", "balanced_accuracy", "auroc")
 NOT_GIVEN = "not measured: add untrained_model to evaluation.nulls, or give --untrained, a run on an untrained model"
 CONTROL_ABOVE_CHANCE = 0.05
@@ -52,8 +66,19 @@ INFORMATION_GAP = 0.05
 SHUFFLES = 5
 """One shuffle's balanced accuracy varies by 0.03 on 1000 rows, more than the groups of the rows explain."""
 FALSE_DISCOVERIES = 0.05
+PERMUTATIONS = 999
+"""Shuffles of the labels over groups behind the latents' p."""
+FEWEST_GROUPS = 10
+"""Of a class, and of the others: with fewer nothing can be told of a latent."""
+FEWEST_FIRING = 5
+"""Rows, one per group, on which a latent must fire to be tested: rarer ones only raise the largest z of chance."""
 DUPLICATE_SIMILARITY = 0.8
-"""Jaccard similarity of word 3-grams from which two questions are near-duplicates."""
+"""Similarity from which two texts are near-duplicates (`data.duplicates`)."""
+DUPLICATE_CONTAINMENT = 0.4
+"""Share of the shorter text's word 3-grams from which it counts as a rewording of the other; laxer than what unites groups,
+for a probe learns by heart what a split may well keep apart."""
+FEWEST_SHARED = 4
+"""3-grams that these are at least."""
 
 
 class Subject(NamedTuple):
@@ -82,7 +107,7 @@ def probe(
     store, the split has too few groups, or no label has two classes.
     """
     store, site, sae = subject
-    rows = label_rows(row_table(store, settings.split), problems)
+    rows = label_rows(with_previous(row_table(store, settings.split)), problems)
     random = random_sae(sae, store, site, settings.seed)
     tables, facts = [], {}
     with Progress("probe", len(labels), "label") as progress:
@@ -94,7 +119,7 @@ def probe(
             else:
                 x = read_rows(store, site, chosen)
                 inputs = {
-                    "token": one_hot(chosen["token_id"].to_numpy()),
+                    **surface(chosen),
                     "raw": x,
                     "random_sae": latents(random, x),
                     "sae": latents(sae, x),
@@ -203,6 +228,41 @@ def one_hot(values: np.ndarray) -> sparse.csr_matrix:
     return sparse.csr_matrix((np.ones(len(values), np.float32), (np.arange(len(values)), index)), shape=shape)
 
 
+def with_previous(rows: pd.DataFrame) -> pd.DataFrame:
+    """`rows` of a `row_table` with the token id before each in its example, `previous_id`; -1 where it is no row."""
+    before = rows[["example_id", "position", "token_id"]].assign(position=rows["position"] + 1)
+    before = before.rename(columns={"token_id": "previous_id"}).drop_duplicates(["example_id", "position"])
+    found = rows.merge(before, on=["example_id", "position"], how="left")
+    return found.assign(previous_id=found["previous_id"].fillna(-1).astype(np.int64))
+
+
+def surface(rows: pd.DataFrame) -> dict[str, sparse.csr_matrix]:
+    """What a row says without any model, by SURFACE: its position, its token, and this with the token before."""
+    position, token = rows["position"].to_numpy(), rows["token_id"].to_numpy()
+    previous = rows["previous_id"].to_numpy()
+    pair = rows.groupby(["previous_id", "token_id"]).ngroup().to_numpy()
+    number = sparse.csr_matrix(position[:, None].astype(np.float32))
+    return {
+        "position": sparse.hstack([one_hot(position), number], format="csr"),
+        "token": one_hot(token),
+        "bigram": sparse.hstack([one_hot(token), one_hot(previous), one_hot(pair)], format="csr"),
+    }
+
+
+def control_task(token_ids: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
+    """A label [n] for each word type, drawn at random: every row of a token id [n] has the same (Hewitt & Liang 2019).
+
+    Classes are about as frequent over the rows as in `labels`: word types in random order fill one class after another.
+    """
+    kinds, of_row, counts = np.unique(token_ids, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(kinds))
+    middle = np.cumsum(counts[order]) - counts[order] / 2
+    bounds = np.cumsum(np.bincount(labels))[:-1]
+    of_kind = np.empty(len(kinds), np.int64)
+    of_kind[order] = np.searchsorted(bounds, middle)
+    return of_kind[of_row]
+
+
 def shuffled(labels: np.ndarray, rows: pd.DataFrame, seed: int) -> np.ndarray:
     """Labels [n] handed on whole: each part's (example_id, step) rows get another part's label, or each example's another
     example's where a label does not change within examples. Constant within a unit as before, and at chance across groups.
@@ -228,6 +288,8 @@ def probe_label(
     groups = pd.factorize(rows["group"])[0]
     fold = group_folds(groups, settings.folds)
     weights = group_weights(groups.max() + 1, settings.bootstrap, settings.seed)
+    control = control_task(rows["token_id"].to_numpy(), y, settings.seed)
+    by_heart = all(len(np.unique(control[fold != f])) > 1 for f in np.unique(fold))  # else there are too few word types
     scored: dict[tuple[str, str], Scored] = {}
     table = []
 
@@ -241,9 +303,11 @@ def probe_label(
         entry: dict[str, Any] = {"input": name, "probe": kind, "status": "measured"}
         for metric, values in done.values.items():
             entry |= _with_interval(metric, values, settings)
-        if name != "shuffled" and ("shuffled", kind) in scored:
-            above = done.values["macro_f1"] - scored["shuffled", kind].values["macro_f1"]
-            entry |= _with_interval("selectivity", above, settings)
+        if by_heart and x is not None and name != "shuffled":
+            same_c = replace(settings, cs=(float(np.median(fit.cs)),))
+            learnt = fitted(x, control, kinds[kind], same_c)[1].values["macro_f1"]
+            entry |= _with_interval("control_f1", learnt, settings)
+            entry |= _with_interval("selectivity", done.values["macro_f1"] - learnt, settings)
         often = pd.Series([column for fold in fit.columns for column in fold], dtype=int).value_counts()
         entry |= {
             "accuracy": float(total.trace() / total.sum()),
@@ -256,9 +320,9 @@ def probe_label(
         }
         table.append(entry)
 
+    kinds = {"dense": None} | {f"k={k}": k for k in settings.ks}
     guess = majority(y, fold)
     add("majority", "dense", None, guess, score(guess, y, groups, fold, weights))
-    kinds = {"dense": None} | {f"k={k}": k for k in settings.ks}
     controls = [shuffled(y, rows, settings.seed + i) for i in range(SHUFFLES)]
     for kind, k in kinds.items():
         fit, first = fitted(inputs["sae"], controls[0], k)
@@ -267,14 +331,14 @@ def probe_label(
         add("shuffled", kind, inputs["sae"], fit, _mean([first, *others]))
     for name, x in inputs.items():
         for kind, k in kinds.items():
-            if name != "token" or kind == "dense":
+            if name not in SURFACE or kind == "dense":
                 add(name, kind, x, *fitted(x, y, k))
     if "untrained_model" not in inputs:
         table.append({"input": "untrained_model", "status": NOT_GIVEN})
 
     gaps = {}
     mine = scored["sae", "dense"]
-    for name in ("majority", "token", "raw", "random_sae", "untrained_model"):
+    for name in ("majority", *SURFACE, "raw", "random_sae", "untrained_model"):
         if (name, "dense") in scored:
             theirs = scored[name, "dense"]
             gap = mine.values["macro_f1"] - theirs.values["macro_f1"]
@@ -295,16 +359,16 @@ def leakage(
     scored: dict[tuple[str, str], Scored], gaps: dict[str, Any], rows: pd.DataFrame, fold: np.ndarray, classes: int,
     problems: Sequence[Problem], settings: Settings,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Four reasons to distrust a score, each with its figures and a `flag`, empty where there is none.
+    """Reasons to distrust a score, each with its figures and a `flag`, empty where there is none.
 
     duplicates: near-duplicate questions in more than one fold. control: shuffled labels can be predicted. information: the
-    SAE's macro-F1 differs from the raw activations' by more than INFORMATION_GAP and its interval excludes 0. token: the
-    SAE's probe is not clearly better than the token id alone.
+    SAE's macro-F1 differs from the raw activations' by more than INFORMATION_GAP and its interval excludes 0. Of
+    SURFACE: the SAE's probe is not clearly better than these alone.
     """
     control = scored["shuffled", "dense"].values["balanced_accuracy"]
     above = control[0] > 1 / classes + CONTROL_ABOVE_CHANCE and interval(control, settings.confidence)[0] > 1 / classes
     crossing = duplicates_across_folds(rows["example_id"].to_numpy(), fold, problems)
-    raw, token = gaps["raw"], gaps["token"]
+    raw = gaps["raw"]
     moved = abs(raw["macro_f1"]) > INFORMATION_GAP and not raw["macro_f1_low"] <= 0 <= raw["macro_f1_high"]
     return {
         "duplicates": {
@@ -320,9 +384,13 @@ def leakage(
             "gap": raw["macro_f1"],
             "flag": ("information gain" if raw["macro_f1"] > 0 else "information loss") if moved else "",
         },
-        "token": {
-            "gap": token["macro_f1"],
-            "flag": "the token id alone tells the label as well" if token["macro_f1_low"] <= 0 else "",
+        **{
+            name: {
+                "gap": gaps[name]["macro_f1"],
+                "flag": f"{words} alone tells the label as well" if gaps[name]["macro_f1_low"] <= 0 else "",
+            }
+            for name, words in SURFACE.items()
+            if name in gaps
         },
     }
 
@@ -330,41 +398,90 @@ def leakage(
 def duplicates_across_folds(example_ids: np.ndarray, fold: np.ndarray, problems: Sequence[Problem]) -> int:
     """How many sets of near-duplicate questions have rows in more than one fold."""
     folds_of = pd.DataFrame({"example_id": example_ids, "fold": fold}).drop_duplicates()
-    question = {p.example_id: p.question for p in problems}
+    known = {p.example_id: p for p in problems}
     examples = folds_of["example_id"].unique()
-    like = dict(
-        zip(examples, near_duplicate_groups([question[e] for e in examples], DUPLICATE_SIMILARITY), strict=True)
-    )
+    questions = [known[e].question for e in examples]
+    found = [
+        np.array(near_duplicate_groups(questions, DUPLICATE_SIMILARITY)),
+        _rewordings(questions),
+    ]
+    n, first = len(examples), np.concatenate(found)
+    links = sparse.coo_matrix((np.ones(len(first)), (np.tile(np.arange(n), len(found)), first)), (n, n))
+    like = dict(zip(examples, sparse.csgraph.connected_components(links, directed=False)[1], strict=True))
     # An example whose own rows are cut counts too.
     return int((folds_of.groupby(folds_of["example_id"].map(like))["fold"].nunique() > 1).sum())
 
 
-def effects(x: Any, y: np.ndarray, groups: np.ndarray, classes: list[str], settings: Settings) -> dict[str, Any]:
-    """Effect sizes of single latents on one row per group, so that rows are independent: Cohen's d of each class against
-    the rest, beside the largest |d| of shuffled labels, and Welch's t with Benjamini-Hochberg over latents and classes.
+def _rewordings(texts: Sequence[str]) -> np.ndarray:
+    """For each text the index of the first of its set: two that share DUPLICATE_CONTAINMENT of the shorter's word 3-grams
+    are in one. Numbers are as good as each other.
+    """
+    masked = [re.sub(r"\b\d+(?:[.,]\d+)*\b", "0", text) for text in texts]
+    try:
+        has = CountVectorizer(ngram_range=(3, 3), binary=True, token_pattern=r"\w+", dtype=np.int32).fit_transform(
+            masked
+        )
+    except ValueError:  # no text has three words
+        return np.arange(len(texts))
+    size, shared = np.asarray(has.sum(1)).ravel(), (has @ has.T).tocoo()
+    least = DUPLICATE_CONTAINMENT * np.minimum(size[shared.row], size[shared.col])
+    near = shared.data >= np.maximum(least, FEWEST_SHARED)
+    pairs = sparse.coo_matrix((np.ones(near.sum()), (shared.row[near], shared.col[near])), shape=shared.shape)
+    _, first, of = np.unique(
+        sparse.csgraph.connected_components(pairs, directed=False)[1], return_index=True, return_inverse=True
+    )
+    return first[of]
+
+
+def effects(
+    x: Any, y: np.ndarray, groups: np.ndarray, classes: list[str], settings: Settings, permutations: int = PERMUTATIONS
+) -> dict[str, Any]:
+    """Which single latents tell a class, on one row per group, so that rows are independent and labels may change places.
+
+    A latent's rank-sum z of each class against the rest, beside the largest |z| when the labels are shuffled over groups;
+    p is the chance of one so large anywhere (`family_wise_p`). Classes of fewer than FEWEST_GROUPS groups, or outside of
+    which are fewer, are `left_out`; latents that fire on fewer than FEWEST_FIRING of the rows are not tested.
     """
     first = np.unique(groups, return_index=True)[1]
-    x, y = x[first], y[first]
+    x, y = sparse.csc_matrix(x[first]), y[first]
     counts = np.bincount(y, minlength=len(classes))
-    kept = np.flatnonzero((counts > 1) & (counts < len(y) - 1))  # one row alone has no variance
-    positive = y == kept[:, None]
-    d, null = cohens_d(x, positive), largest_d_null(x, positive, seed=settings.seed)
-    values = x.toarray()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # latents that do not vary have no t
-        p = np.stack([stats.ttest_ind(values[m], values[~m], equal_var=False).pvalue for m in positive])
-    q = stats.false_discovery_control(np.nan_to_num(p, nan=1.0).ravel()).reshape(p.shape)
-    largest = zip(*np.unravel_index(np.argsort(-np.abs(d), axis=None)[:10], d.shape), strict=True)
-    return {
+    enough = (counts >= FEWEST_GROUPS) & (len(y) - counts >= FEWEST_GROUPS)
+    kept, tested = np.flatnonzero(enough), np.flatnonzero(x.getnnz(axis=0) >= FEWEST_FIRING)
+    found: dict[str, Any] = {
         "n_rows": len(first),
-        "largest_d": float(np.abs(d).max()),
-        "null_largest_d": float(null.mean()),
-        "null_largest_d_95": float(np.quantile(null, 0.95)),
-        "discoveries": int((q <= FALSE_DISCOVERIES).any(axis=0).sum()),
+        "left_out": [name for name, many in zip(classes, enough, strict=True) if not many],
+        "tested": len(tested),
+        "largest_z": None, "null_largest_z": None, "null_largest_z_95": None, "p": None, "discoveries": 0, "latents": [],
+    }  # fmt: skip
+    if not len(kept) or not len(tested):
+        return found
+    x, positive = x[:, tested], y == kept[:, None]
+    scores = RankScores(x)
+    z, auroc, null = (
+        scores.z(positive),
+        scores.auroc(positive),
+        scores.largest_null(positive, permutations, settings.seed),
+    )
+    p, d = family_wise_p(np.abs(z), null), cohens_d(x, positive)
+    fires = (x != 0).astype(np.float64)
+    inside, outside = ((fires.T @ (of / of.sum(1, keepdims=True)).T).T for of in (positive, ~positive))
+    largest = zip(*np.unravel_index(np.argsort(-np.abs(z), axis=None, kind="stable")[:10], z.shape), strict=True)
+    return {
+        **found,
+        "largest_z": float(np.abs(z).max()),
+        "null_largest_z": float(null.mean()),
+        "null_largest_z_95": float(np.quantile(null, 0.95)),
+        "p": float(p.min()),
+        "discoveries": int((p <= FALSE_DISCOVERIES).any(axis=0).sum()),
         "latents": [
-            {"latent": int(j), "class": classes[kept[c]], "d": float(d[c, j]), "q": float(q[c, j])} for c, j in largest
+            {
+                "latent": int(tested[j]), "class": classes[kept[c]], "z": float(z[c, j]), "p": float(p[c, j]),
+                "auroc": float(auroc[c, j]), "d": float(d[c, j]), "fires": float(inside[c, j]),
+                "fires_elsewhere": float(outside[c, j]),
+            }
+            for c, j in largest
         ],
-    }
+    }  # fmt: skip
 
 
 def _mean(several: list[Scored]) -> Scored:
@@ -416,12 +533,22 @@ def summary(table: pd.DataFrame, facts: dict[str, Any]) -> str:
             shown.rename_axis(None).to_string(na_rep="–"),
             *(f"{row.input}: {row.status}" for row in rows[rows["status"] != "measured"].itertuples()),
             f"macro-F1 of the latents' dense probe above {', '.join(gaps)}",
-            f"largest |d| of a latent {effect['largest_d']:.2f}; with shuffled labels {effect['null_largest_d']:.2f}, 95 % "
-            f"below {effect['null_largest_d_95']:.2f}; latents at q <= {FALSE_DISCOVERIES}: {effect['discoveries']}",
+            in_words(effect),
             *(flags or ["no leak found"]),
         ]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def in_words(effect: dict[str, Any]) -> str:
+    """What `effects` found, in a line."""
+    if effect["largest_z"] is None:
+        return "no latent was tested: too few groups of a class, or no latent that fires on enough of them"
+    return (
+        f"largest rank-sum |z| of a latent {effect['largest_z']:.2f}; with shuffled labels {effect['null_largest_z']:.2f}, "
+        f"95 % below {effect['null_largest_z_95']:.2f}; latents that tell a class at family-wise p <= {FALSE_DISCOVERIES}: "
+        f"{effect['discoveries']} of {effect['tested']}"
+    )
 
 
 def _cells(rows: pd.DataFrame, name: str) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.evaluate.probes import INFORMATION_GAP
+from raysae.evaluate.probes import in_words as effect_in_words
 from raysae.files import read_json, read_table
 from raysae.report.columns import is_number
 
@@ -18,7 +19,9 @@ INPUTS = {
     "raw": "raw activations",
     "random_sae": "an untrained SAE's latents",
     "untrained_model": "latents of an SAE of the untrained model",
+    "bigram": "the token id and the one before",
     "token": "the token id alone",
+    "position": "the position alone",
     "shuffled": "the SAE's latents, labels shuffled",
     "majority": "class frequencies",
 }
@@ -27,6 +30,7 @@ SCORES = {
     "macro_f1": "Macro-F1",
     "balanced_accuracy": "Balanced accuracy",
     "auroc": "AUROC",
+    "control_f1": "F1 on the control task",
     "selectivity": "Selectivity",
 }
 SIGNIFICANT = 0.05
@@ -70,7 +74,7 @@ def section(label: str, table: pd.DataFrame, facts: Mapping[str, Any]) -> dict[s
             }
         )
     flags = [in_words(name, check) for name, check in facts["leakage"].items() if check["flag"]]
-    sizes = {key: facts[key] for key in ("n_rows", "n_groups", "effects")}
+    sizes = {key: facts[key] for key in ("n_rows", "n_groups")} | {"effect": effect_in_words(facts["effects"])}
     return {**head, "status": "", "rows": rows, "sparse": sparse, "flags": flags, **sizes}
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import tiny_store
-from scipy import sparse
+from scipy import sparse, stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import KFold
 from small import reseal
@@ -42,10 +42,13 @@ def problem(i: int, operator: str = "+"):
     return make_problem(f"p/{i}", "toy", " ".join(words), answer=f"So <<7{operator}2={result}>>{result}\n#### {result}")
 
 
-def rows_of(groups: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+def rows_of(groups: np.ndarray, labels: np.ndarray, token: np.ndarray | None = None) -> pd.DataFrame:
     """A table as `sample` gives it: one example of one step per group."""
     names = [f"p/{g}" for g in groups]
-    return pd.DataFrame({"example_id": names, "group": names, "step": 0, "label": labels.astype(str)})
+    token = np.arange(len(groups)) % 7 if token is None else token
+    return pd.DataFrame(
+        {"example_id": names, "group": names, "step": 0, "label": labels.astype(str), "token_id": token}
+    )
 
 
 def balanced(fit, y):
@@ -89,6 +92,114 @@ def test_reworded_copies_in_other_groups_are_counted():
     assert probes.duplicates_across_folds(ids, fold, [*problems, copied]) == 0
     fold[12] = fold[0] + 1
     assert probes.duplicates_across_folds(ids, fold, [*problems, copied]) == 1
+
+
+def test_degenerate_rewordings_across_folds_with_random_labels_are_flagged():
+    """Three wordings of each question in groups of their own, a label per question: all that is learnt is the question."""
+    rng = np.random.default_rng(0)
+    questions, n = [" ".join(f"w{word}" for word in rng.choice(900, 12)) for _ in range(60)], 180
+    wordings = ("{}", "Say how many of these there are now, please: {}", "{} Think step by step and then give it")
+    problems = [make_problem(f"p/{i}", "toy", wordings[i % 3].format(questions[i // 3])) for i in range(n)]
+    label = rng.integers(0, 2, 60)[np.arange(n) // 3]
+    x = (rng.normal(size=(60, 40))[np.arange(n) // 3] + 0.1 * rng.normal(size=(n, 40))).astype(np.float32)
+    f = sparse.csr_matrix(np.maximum(x, 0))
+    inputs = {"token": probes.one_hot(np.arange(n) % 7), "raw": x, "random_sae": f, "sae": f}
+    table, facts = probes.probe_label(inputs, rows_of(np.arange(n), label), ["0", "1"], problems, QUICK)
+    assert table.set_index(["input", "probe"]).at[("raw", "dense"), "macro_f1"] > 0.8
+    assert facts["leakage"]["duplicates"]["groups_across_folds"] > 50 and facts["leakage"]["duplicates"]["flag"]
+
+
+def test_the_control_task_gives_a_word_type_one_label_and_classes_their_share():
+    rng = np.random.default_rng(0)
+    token, labels = rng.integers(0, 400, 4000), rng.choice(3, 4000, p=[0.6, 0.3, 0.1])
+    control = probes.control_task(token, labels, 0)
+    assert pd.Series(control).groupby(token).nunique().max() == 1
+    assert np.bincount(control) / 4000 == pytest.approx([0.6, 0.3, 0.1], abs=0.02)
+    assert (control != probes.control_task(token, labels, 1)).mean() > 0.3
+
+
+def test_selectivity_is_against_labels_learnt_by_heart():
+    """Raw rows that hold the token and nothing else: what a probe of them says of any label of the token is memory."""
+    rng = np.random.default_rng(0)
+    groups, token = np.repeat(np.arange(60), 8), rng.integers(0, 20, 480)
+    context = rng.integers(0, 2, 480)
+    by_token, told = np.eye(20, dtype=np.float32)[token], sparse.csr_matrix(context[:, None].astype(np.float32))
+    inputs = {"token": probes.one_hot(token), "raw": by_token, "random_sae": told, "sae": told}
+    problems = [problem(g) for g in range(60)]
+    rows = rows_of(groups, token % 2, token)
+    dense = (
+        probes.probe_label(inputs, rows, ["0", "1"], problems, QUICK)[0].query("probe == 'dense'").set_index("input")
+    )
+    assert dense.at["raw", "control_f1"] > 0.95 and dense.at["raw", "selectivity"] == pytest.approx(0, abs=0.05)
+    rows = rows_of(groups, context, token)
+    dense = (
+        probes.probe_label(inputs, rows, ["0", "1"], problems, QUICK)[0].query("probe == 'dense'").set_index("input")
+    )
+    assert dense.at["sae", "macro_f1"] == 1 and dense.at["sae", "selectivity_low"] > 0.3
+
+
+def test_a_bigram_is_of_neighbours_of_one_example():
+    rows = pd.DataFrame(
+        {
+            "example_id": ["a", "b", "a", "a"],
+            "position": [1, 1, 0, 3],
+            "token_id": [5, 6, 4, 7],
+            "shard": "s",
+            "row": range(4),
+        }
+    )
+    found = probes.with_previous(rows)
+    assert found["previous_id"].tolist() == [4, -1, -1, -1] and found["row"].tolist() == [0, 1, 2, 3]
+    made = probes.surface(found)
+    assert set(made) == {*probes.SURFACE} and made["bigram"].shape == (4, 4 + 2 + 4)
+    assert made["position"].toarray()[:, -1].tolist() == [1, 1, 0, 3]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single latents
+
+
+def sparse_rows(rng, n, d):
+    """Latents as an SAE gives them: some dense, most rare, of heavy tails."""
+    rates = rng.beta(0.3, 3, d)
+    return sparse.csr_matrix((rng.random((n, d)) < rates) * rng.lognormal(0, 1, (n, d)))
+
+
+def test_degenerate_shuffled_labels_have_uniform_p_and_no_discoveries():
+    """In 80 shuffles: some latent is taken for one of a class in 5 % of them, and the least p is uniform."""
+    rng = np.random.default_rng(0)
+    x, groups = sparse_rows(rng, 150, 128), np.arange(150)
+    y = rng.choice(3, 150, p=[0.62, 0.3, 0.08])
+    shuffles, found = 80, []
+    for _ in range(shuffles):
+        found.append(probes.effects(x, rng.permutation(y), groups, ["a", "b", "c"], QUICK, permutations=99))
+    any_false = np.mean([f["discoveries"] > 0 for f in found])
+    assert any_false <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / shuffles)
+    assert stats.kstest([f["p"] for f in found], "uniform").pvalue > 0.01
+
+
+def test_a_latent_of_a_class_is_found_and_tiny_classes_are_left_out():
+    """It fires on 71 % of a class, by the same amount whenever it does, and nowhere else."""
+    rng = np.random.default_rng(1)
+    n, y = 200, np.repeat([0, 1, 2], [180, 17, 3])
+    x = sparse_rows(rng, n, 256).tolil()
+    x[:, 9] = 0
+    x[180:192, 9] = 1.0
+    found = probes.effects(sparse.csr_matrix(x), y, np.arange(n), ["a", "b", "tiny"], QUICK, permutations=199)
+    first = found["latents"][0]
+    assert (first["latent"], first["fires"]) == (9, pytest.approx(12 / 17)) and first["fires_elsewhere"] in (
+        0.0,
+        12 / 17,
+    )
+    assert first["p"] <= 0.01 and found["discoveries"] == 1 and found["left_out"] == ["tiny"]
+    assert found["tested"] < 256  # those that hardly ever fire
+
+
+def test_latents_are_not_tested_where_nothing_can_be_told():
+    x, y = sparse_rows(np.random.default_rng(2), 30, 8), np.repeat([0, 1], [25, 5])
+    found = probes.effects(x, y, np.arange(30), ["a", "b"], QUICK)
+    assert found["largest_z"] is None and found["discoveries"] == 0 and found["left_out"] == ["a", "b"]
+    assert "no latent was tested" in probes.in_words(found)
 
 
 def test_columns_are_chosen_on_the_training_folds():
@@ -143,12 +254,15 @@ def test_a_label_of_the_token_is_flagged_and_a_label_of_the_context_is_not():
     f = sparse.csr_matrix(np.maximum(x, 0))
     inputs = {"token": probes.one_hot(token), "raw": x, "random_sae": f, "sae": f}
     for label, flagged in ((token % 2, True), (context, False)):
-        table, facts = probes.probe_label(inputs, rows_of(groups, label), ["0", "1"], problems, QUICK)
+        table, facts = probes.probe_label(inputs, rows_of(groups, label, token), ["0", "1"], problems, QUICK)
         dense = table[table["probe"] == "dense"].set_index("input")
         assert dense.at["sae", "macro_f1"] > 0.95
         assert bool(facts["leakage"]["token"]["flag"]) == flagged
         assert not facts["leakage"]["control"]["flag"] and not facts["leakage"]["duplicates"]["flag"]
-        assert dense.at["sae", "selectivity_low"] > 0.2
+        assert (
+            abs(dense.at["sae", "selectivity"]) < 0.1
+        )  # its columns hold the token too: any label of it can be learnt
+        assert dense.at["shuffled", "macro_f1"] < dense.at["sae", "macro_f1"] - 0.2
         assert facts["gaps"]["majority"]["p"] < 0.01
 
 
@@ -158,11 +272,11 @@ def test_effects_of_noise_are_no_discoveries_and_a_planted_one_is():
     x = np.maximum(rng.normal(size=(600, 1000)) - 1, 0)
     noise = probes.effects(sparse.csr_matrix(x), y, groups, ["a", "b", "c"], QUICK)
     assert noise["n_rows"] == 300 and noise["discoveries"] == 0
-    assert noise["largest_d"] < 1.2 * noise["null_largest_d_95"]
+    assert noise["largest_z"] < 1.1 * noise["null_largest_z_95"]
     x[y == 1, 7] += 1
     planted = probes.effects(sparse.csr_matrix(x), y, groups, ["a", "b", "c"], QUICK)
     assert planted["latents"][0]["latent"] == 7 and planted["latents"][0]["class"] == "b"
-    assert planted["discoveries"] >= 1 and planted["largest_d"] > planted["null_largest_d_95"]
+    assert planted["discoveries"] >= 1 and planted["largest_z"] > planted["null_largest_z_95"]
 
 
 def test_shuffled_labels_stay_constant_within_their_unit():
@@ -246,7 +360,7 @@ def test_every_baseline_has_its_row_and_an_untrained_model_only_where_one_is_giv
     subject = probes.Subject(store, SITE, sae_of(0))
     table, facts = probes.probe(subject, problems, ["operation", "step"], QUICK)
     measured = table[table["status"] == "measured"]
-    assert set(measured["input"]) == {"majority", "shuffled", "token", "raw", "random_sae", "sae"}
+    assert set(measured["input"]) == {"majority", "shuffled", *probes.SURFACE, "raw", "random_sae", "sae"}
     absent = table[table["status"] != "measured"].set_index(["label", "input"])["status"]
     assert absent["operation", "untrained_model"] == probes.NOT_GIVEN
     assert table.loc[table["label"] == "step", "status"].tolist() == ["not measured: fewer than two classes"]

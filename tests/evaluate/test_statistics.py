@@ -9,13 +9,14 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from raysae.evaluate.statistics import (
+    RankScores,
     auroc,
     cohens_d,
     effective_groups,
+    family_wise_p,
     group_weights,
     interval,
     intervals,
-    largest_d_null,
     paired_permutation,
 )
 
@@ -170,17 +171,36 @@ def test_cohens_d_by_hand(layout):
         assert row == pytest.approx(np.divide(one.mean(0) - rest.mean(0), spread, out=np.zeros(3), where=spread > 0))
 
 
-def test_the_largest_effect_of_pure_noise_lies_inside_its_null():
-    """n = 462 and 452, as in a published table whose largest |d| of 0.2896 was taken for an effect."""
+@pytest.mark.parametrize("layout", [np.asarray, csr_matrix])
+def test_rank_scores_are_those_of_mann_and_whitney(layout):
+    """With ties, zeros and negative values; scipy's asymptotic p has the same variance up to n / (n - 1)."""
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random((60, 4)) < 0.5, 0, rng.integers(-3, 6, (60, 4))).astype(float)
+    x[:, 3] = 0
+    positive = np.stack([np.arange(60) < 20, np.arange(60) % 2 == 0])
+    scores = RankScores(layout(x))
+    for labels, z, area in zip(positive, scores.z(positive), scores.auroc(positive), strict=True):
+        for j in range(3):
+            theirs = stats.mannwhitneyu(x[labels, j], x[~labels, j], method="asymptotic", use_continuity=False)
+            assert area[j] == pytest.approx(theirs.statistic / (labels.sum() * (~labels).sum()))
+            assert 2 * stats.norm.sf(abs(z[j])) == pytest.approx(theirs.pvalue)
+        assert z[3] == 0 and area[3] == pytest.approx(0.5)
+
+
+def test_the_largest_score_of_pure_noise_lies_inside_its_null():
+    """n = 462 and 452, as in a published table whose largest effect was that of chance."""
     rng = np.random.default_rng(0)
     positive = (np.arange(914) < 462)[None]
-    noise = rng.normal(size=(914, 8000))
-    null = largest_d_null(noise, positive, permutations=60)
-    largest = np.abs(cohens_d(noise, positive)).max()
-    assert null.min() < largest < null.max()
-    assert 0.23 < null.mean() < 0.30
+    noise = rng.normal(size=(914, 2000))
+    null = RankScores(noise).largest_null(positive, permutations=60)
+    largest = np.abs(RankScores(noise).z(positive)).max()
+    assert null.min() < largest < null.max() and family_wise_p(np.array(largest), null) > 0.05
     noise[positive[0], 17] += 0.6
-    assert np.abs(cohens_d(noise, positive)).max() > null.max()
+    assert np.abs(RankScores(noise).z(positive)).max() > null.max()
+
+
+def test_family_wise_p_counts_itself_and_ties():
+    assert family_wise_p(np.array([5.0, 3.0, 0.0]), np.array([1.0, 2, 3, 4])) == pytest.approx([1 / 5, 3 / 5, 1])
 
 
 def test_differences_from_the_same_weights_are_paired():

@@ -681,7 +681,7 @@ def probed(folder: Path) -> Path:
         "information": {"gap": 0.1, "flag": "information gain"},
         "token": {"gap": -0.2, "flag": "the token id alone tells the label as well"},
     }
-    effects = {"largest_d": 0.81, "null_largest_d": 0.72, "null_largest_d_95": 0.88, "discoveries": 3}
+    effects = {"largest_z": 7.81, "null_largest_z": 3.72, "null_largest_z_95": 4.88, "discoveries": 3, "tested": 15}
     label = {"classes": ["*", "+"], "dropped": ["</td>"], "n_rows": 3193, "n_groups": 40, "gaps": gaps}
     facts = {"operation": {**label, "leakage": leakage, "effects": effects}, "step": {"classes": ["0"], "dropped": []}}
     settings = {"split": "test", "folds": 5, "confidence": 0.9}
@@ -708,7 +708,7 @@ def test_probes_have_a_table_per_label_with_every_baseline_and_flags_in_words(tm
     assert part.count('<span class="pass">+') == 1, "a gap that chance explains is not coloured"
     assert "Information gain: the latents tell more" in part and "The token id alone tells the label as well." in part
     assert "No leak was found" not in part and "3,193 rows of 40 groups" in part
-    assert "0.81; with shuffled labels" in part and "95% of them below 0.88" in part
+    assert "7.81; with shuffled labels 3.72" in part and "3 of 15" in part
     assert "Not measured: fewer than two classes" in part
 
 
