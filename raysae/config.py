@@ -354,6 +354,10 @@ class ClusterConfig(Section):
     """GPU share of a trial where there are GPUs."""
     cpus_per_trial: PositiveFloat = 1.0
     """CPU share, and torch threads, of a trial."""
+    pass_env: tuple[str, ...] = ()
+    """Environment variables that workers of a local cluster get beside those of Python, devices, Hugging Face and W&B."""
+    keep_ray_logs: CliImplicitFlag[bool] = False
+    """Keep the folder of a local cluster's session, with its logs, when it ends; the last line says where."""
     max_restarts: Annotated[Int, Field(ge=0)] = 2
     """How often a block or a trial is tried again after its process died."""
 

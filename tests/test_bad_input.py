@@ -1,7 +1,9 @@
 """Bad input of the main job, a row each: exit status 2, one line that names the field or file, and nothing written."""
 
 import importlib.util
+import os
 import sys
+from errno import EACCES, EDQUOT, ENOENT, ENOSPC, EROFS
 from functools import cache
 from pathlib import Path
 
@@ -133,3 +135,51 @@ def test_what_looks_odd_and_is_meant(tmp_path, monkeypatch):
     assert (config.training.tokens, config.training.batch_size, config.budget.tokens) == (10**6, 2048, 2 * 10**9)
     assert [data.path for data in config.transfer.values()] == [str(tmp_path / "one"), str(tmp_path / "two")]
     assert all(isinstance(n, int) for n in (config.training.tokens, config.budget.tokens))
+
+
+def test_an_output_that_cannot_be_written_to(refused, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert "output: " in refused("--output", str(tmp_path / "file" / "below")) and tmp_path.is_dir()
+    denied = {tmp_path / "theirs", tmp_path / "ours" / "stages"}
+    for folder in denied:
+        folder.mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in denied and access(path, mode))
+    assert f"output: {tmp_path / 'theirs'} cannot be written to" in refused("--output", str(tmp_path / "theirs" / "new"))
+    assert f"output: {tmp_path / 'ours' / 'stages'} cannot be written to" in refused("--output", str(tmp_path / "ours"))
+
+
+class FromWorker(RuntimeError):
+    """As Ray raises what a worker raised: its text, and the error as `cause`."""
+
+    cause = OSError(ENOSPC, "No space left on device", "/out/shard.safetensors")
+
+
+DISK = [
+    (OSError(ENOSPC, "No space left on device", "/out/x.json"), 1, "fault: disk full at /out/x.json; with room made"),
+    (OSError(EDQUOT, "Disk quota exceeded", "/out/x.json"), 1, "fault: disk full at /out/x.json"),
+    (RuntimeError("trial: OSError: [Errno 28] No space left on device: '/out/y'"), 1, "fault: disk full at /out/y; with"),
+    (ValueError("I/O error: No space left on device (os error 28)"), 1, "fault: disk full at the output root or"),
+    (FromWorker("ray::task() failed"), 1, "fault: disk full at /out/shard.safetensors"),
+    (PermissionError(EACCES, "Permission denied", "/out/.lock"), 2, "error: /out/.lock: Permission denied; make it yours"),
+    (OSError(EROFS, "Read-only file system", "/out/new"), 2, "error: /out/new: Read-only file system; make it yours"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "words"), DISK, ids=lambda value: type(value).__name__)
+def test_a_full_disk_and_a_folder_of_another_are_one_line(error, status, words, monkeypatch, capsys):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["job"])
+    with pytest.raises(SystemExit) as caught:
+        run_job(main)
+    said = capsys.readouterr().err
+    assert caught.value.code == status and said.startswith(words) and said.count("\n") == 1
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["job"])
+    for error in (FileNotFoundError(ENOENT, "No such file or directory", "/x"), KeyError("fvu")):
+        with pytest.raises(type(error)):
+            run_job(lambda argv, error=error: (_ for _ in ()).throw(error))
