@@ -359,7 +359,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
     wide.write_text('{"question": "a b"}', encoding="utf-16")
     null.write_text('{"question": "a b"}\n{"question": null}')
     small, vision = tmp_path / "small", tmp_path / "vision"
-    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(small)
     build_tokenizer().save_pretrained(small)
     LlavaConfig(text_config=config).save_pretrained(vision)
