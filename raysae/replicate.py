@@ -80,7 +80,7 @@ def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict
     found = compare(run, again)
     good = ("identical",) if exact else ("identical", "within")
     found = {**found, "exact": exact, "replicates": found["outcome"] in good}
-    run_folder.add(run.path, lambda folder: write_json(folder / OUTCOME, found), [OUTCOME])
+    run_folder.add(run.path, lambda folder: write_json(folder / OUTCOME, found), [OUTCOME], shown=False)
     say(f"compared with {again.path}: {run.path / OUTCOME}")
     return found
 

@@ -50,15 +50,15 @@ def write(folder: Path, root: Path, stages: Sequence[str], identity: str, fill: 
         seal(made, stages, identity, kept, foreign)
 
 
-def add(folder: Path, fill: Callable[[Path], None], names: Collection[str]) -> None:
-    """Let `fill` write files or folders of these names into a copy of a sealed run, which then replaces it, report and
-    seal renewed."""
+def add(folder: Path, fill: Callable[[Path], None], names: Collection[str], shown: bool = True) -> None:
+    """Let `fill` write files or folders of these names into a copy of a sealed run, which then replaces it, seal and,
+    where they are `shown` there, report renewed."""
     folder = folder.resolve()
     with lock_of(folder.parent, f"run-{folder.name}"), whole_folder(folder) as made:
         said = check(folder)
         foreign = {*_link(folder, made, lambda name: True)} - {*said["files"]}
         fill(made)
-        if "report.html" in said["files"]:
+        if shown and "report.html" in said["files"]:
             write_report(made)
         new = [f.relative_to(made).as_posix() for name in names for f in (made / name, *(made / name).rglob("*"))]
         seal(made, said["stages"], said["identity"], {*said["added"], *new}, foreign - {*new})
