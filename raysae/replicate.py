@@ -188,7 +188,12 @@ def _checks(one: Run, two: Run) -> Iterator[dict[str, Any]]:
     yield check("SAEs and what became of them", lambda run: _statuses(run.table), True)
     yield check("settings of each SAE", lambda run: _settings(run.table), True)
     yield check("verdict", lambda run: run.decision["verdict"], True)
-    yield check("chosen SAE", lambda run: run.decision["chosen"], True)
+    yield check("chosen SAE of each site", _chosen, True)
+
+
+def _chosen(run: Run) -> str:
+    choices = run.decision.get("choices") or {"": run.decision}
+    return ", ".join(str(choice["chosen"]) for choice in choices.values())
 
 
 def _model(facts: Mapping[str, Any]) -> str:
