@@ -45,7 +45,7 @@ from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, propo
 
 STAGE_VERSIONS = {
     "model": 1, "records": 2, "tokens": 2, "store": 2, "sweep": 8, "nulls": 2, "null_model": 1, "evaluation": 5,
-    "stability": 2, "domains": 3, "transfer": 2, "invariance": 2, "probes": 2, "features": 2,
+    "stability": 3, "domains": 3, "transfer": 2, "invariance": 2, "probes": 2, "features": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
 

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from safetensors.torch import save_file
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from raysae.activations.store import Store
 from raysae.artifacts import write_atomic
@@ -37,7 +39,9 @@ ENOUGH_SEEDS = 3
 """With fewer the numbers are given with a note."""
 REPLICATED = ("fvu", "l0", "ce_loss_recovered")
 """Metrics whose mean and standard deviation over the seeds are given."""
-ENERGIES = ("all", "recurring", "recurring_closely", "null")
+SETS = ("all", "recurring", "recurring_closely", "null")
+"""Sets of latents that a reconstruction is made of alone."""
+ERRORS = ("total", *SETS)
 COLUMNS = ("stability_mmcs", "stability_recurring_fraction", "stability_recurring_variance")
 """Columns of the table, each with an interval."""
 
@@ -211,8 +215,8 @@ def match_seeds(rows: pd.DataFrame, saes: Path, fired: Mapping[str, np.ndarray],
 
 
 @dataclass(frozen=True)
-class Energies:
-    """Sums by group of Σ_j ‖f_j d_j‖² over ENERGIES' sets of latents j, on a block's stored rows; see `block_energies`."""
+class Errors:
+    """Sums by group of the centred squared errors of SETS' latents alone, on a block's stored rows; see `block_errors`."""
 
     store: Path
     site: str
@@ -220,13 +224,11 @@ class Energies:
     root: Path
 
     def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
-        return block_energies(host.device, block.name, self)
+        return block_errors(host.device, block.name, self)
 
 
 def write_masks(root: Path, found: Sequence[Seeds]) -> None:
-    """Which latents each of ENERGIES sums: `masks.safetensors`, [d_sae, len(ENERGIES)] by sae_id."""
-    import torch
-
+    """Which latents are in each of SETS: `masks.safetensors`, [d_sae, len(SETS)] by sae_id."""
     masks = {}
     for seeds in found:
         for i, least in seeds.matched.items():
@@ -237,24 +239,42 @@ def write_masks(root: Path, found: Sequence[Seeds]) -> None:
     write_atomic(root / "masks.safetensors", lambda path: save_file(masks, path))
 
 
-def block_energies(device: Any, name: str, task: Energies) -> dict[str, Any]:
-    """Write `<name>.parquet`, columns sae_id, group, ENERGIES, below `task.root`; it is there when the block is done."""
+def block_errors(device: Any, name: str, task: Errors) -> dict[str, Any]:
+    """Write `<name>.parquet`, columns sae_id, group, ERRORS, below `task.root`; it is there when the block is done.
+
+    Each is Σ ‖r - r̄‖² by group, r̄ the mean of r over the block's rows, so that no constant counts, be it the mean of x or
+    that of latents that are left out: r = x for `total`, x - x̂ with the latents of each set alone for the others.
+    """
     store, masks = Store(task.store), load_tensors(task.root / "masks.safetensors")
     x = store.shard(task.site, name)
     codes, groups = pd.factorize(store.row_columns(name, ("group",))["group"].to_pandas(), sort=True)
+    of_group = torch.from_numpy(codes).to(device)
+    rows = torch.bincount(of_group, minlength=len(groups)).double()
+    shift = store.mean(task.site).to(device, torch.float64)
     frames = []
     for sae_id, path in task.saes:
         sae = load(path).to(device)
-        norms = sae.parameters["W_dec"].square().sum(1)  # ‖d_j‖² [d_sae]
-        weights = norms[:, None] * masks[sae_id].to(device, norms.dtype)
-        sums = np.zeros((len(groups), len(ENERGIES)))
+        W_dec, sets = sae.parameters["W_dec"].double(), masks[sae_id].to(device)
+        squares = torch.zeros(len(ERRORS), len(groups), dtype=torch.float64, device=device)
+        sums = torch.zeros(len(ERRORS), len(groups), x.shape[1], dtype=torch.float64, device=device)
         for start in range(0, x.shape[0], ROWS_AT_ONCE):
-            f = sae.encode(x[start : start + ROWS_AT_ONCE].to(device).float())
-            np.add.at(sums, codes[start : start + ROWS_AT_ONCE], (f.square() @ weights).double().cpu().numpy())
-        frames.append(pd.DataFrame(sums, columns=list(ENERGIES)).assign(group=groups, sae_id=sae_id))
+            part, here = x[start : start + ROWS_AT_ONCE].to(device).float(), of_group[start : start + ROWS_AT_ONCE]
+            f, left = sae.encode(part).double(), part.double() - shift
+            for k, residual in enumerate((left, *(left - _decoded(f, W_dec, kept) for kept in sets.T))):
+                squares[k].index_add_(0, here, residual.square().sum(1))
+                sums[k].index_add_(0, here, residual)
+        mean = sums.sum(1, keepdim=True) / max(len(codes), 1)
+        errors = squares - 2 * (sums * mean).sum(2) + rows * mean.square().sum(2)
+        table = pd.DataFrame(errors.clamp_min(0).T.cpu().numpy(), columns=list(ERRORS))
+        frames.append(table.assign(group=groups, sae_id=sae_id))
     table = pd.concat(frames, ignore_index=True)
     write_atomic(task.root / f"{name}.parquet", lambda path: table.to_parquet(path, index=False))
     return {"name": name, "rows": x.shape[0]}
+
+
+def _decoded(f: Tensor, W_dec: Tensor, kept: Tensor) -> Tensor:
+    """What the latents `kept` [d_sae] bool add up to [n, d_in]."""
+    return f[:, kept] @ W_dec[kept]
 
 
 def done(root: Path, name: str) -> bool:
@@ -277,12 +297,12 @@ def collect(
 ) -> dict[str, Any]:  # fmt: skip
     """The content of stability.json: `configurations`, `saes` (columns of the table by sae_id), `nulls`, and the rule.
 
-    root: where the sites' energies lie, in a folder each. metrics: of the evaluated split, by sae_id. Intervals of cosines
-    are t intervals and those of shares of latents Wilson's, over latents with the seeds given; those of shares of energy
-    are bootstraps by group. Pairs of seeds are too few for one: their least and largest are given.
+    root: where the sites' errors lie, in a folder each. metrics: of the evaluated split, by sae_id. Intervals of cosines
+    are t intervals and those of shares of latents Wilson's, over latents with the seeds given; those of shares of variance
+    are over groups. Pairs of seeds are too few for one: their least and largest are given.
     """
     shares = {
-        site: _energy_shares(root / site, names, resamples, confidence, seed)
+        site: _variance_shares(root / site, names, resamples, confidence, seed)
         for site in sorted({str(s.rows["site"].iloc[0]) for s in found})
     }
     saes: dict[str, dict[str, Any]] = {}
@@ -307,9 +327,10 @@ RULE = (
     f"Latents of two seeds are matched by decoder cosine (Hungarian up to {EXACT_UP_TO} latents, mutual nearest "
     "neighbours above); those that never fired on the validation split are left out. MMCS: mean over latents, both ways "
     "and over pairs of seeds, of the largest cosine with a latent of the other seed. A latent recurs if its matched cosine "
-    f"is at least {RECURS} ({RECURS_CLOSELY}: closely) in every other seed. Recurring variance: their share of the "
-    "reconstruction's energy, Σ‖f_j d_j‖² summed over the rows of the validation split and latents j (cross terms and "
-    "b_dec are in neither). Null: the same matching against as many random unit directions, uniform or with the second "
+    f"is at least {RECURS} ({RECURS_CLOSELY}: closely) in every other seed. Recurring variance: of the variance that "
+    "the SAE explains on the validation split, the share that these latents explain alone, (1 - FVU with them alone) / "
+    "(1 - FVU), errors taken about their means, so that a constant that all seeds share explains nothing. Null: the same "
+    "matching against as many random unit directions, uniform or with the second "
     "moments of the other seed's decoder; of the two the larger is shown."
 )
 
@@ -372,18 +393,27 @@ def _of_latents(best: np.ndarray, matched: np.ndarray, confidence: float) -> dic
     return found
 
 
-def _energy_shares(
+def _variance_shares(
     root: Path, names: Sequence[str], resamples: int, confidence: float, seed: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """By sae_id and set of latents: its share of the energy, with its interval (keys "", "_low", "_high")."""
+    """By sae_id and set of latents: its share of the variance that all explain, with its interval ("", "_low", "_high").
+
+    (total - error of the set) / (total - error of all) = (1 - FVU of the set) / (1 - FVU of all); nan where all explain
+    nothing.
+    """
     table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
     found: dict[str, dict[str, dict[str, float]]] = {}
     for sae_id, rows in table.groupby("sae_id"):
-        sums = rows.groupby("group", sort=True)[list(ENERGIES)].sum().to_numpy()
-        ends = intervals(sums, lambda t: t / t[:, :1], resamples, confidence, seed)
+        sums = rows.groupby("group", sort=True)[list(ERRORS)].sum().to_numpy()
+
+        def shares(totals: np.ndarray) -> np.ndarray:
+            explained = totals[:, :1] - totals[:, 1:]
+            return explained / np.where(explained[:, :1] > 0, explained[:, :1], np.nan)
+
+        ends = intervals(sums, shares, resamples, confidence, seed)
         found[str(sae_id)] = {
             name: {"": float(ends.value[k]), "_low": float(ends.low[k]), "_high": float(ends.high[k])}
-            for k, name in enumerate(ENERGIES)
+            for k, name in enumerate(SETS)
         }
     return found
 
@@ -399,9 +429,9 @@ def columns(found: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(found["saes"]).T.astype(float).rename_axis("sae_id").reset_index()
 
 
-def tasks(found: Sequence[Seeds], store: Path, saes: Path, root: Path) -> Iterator[Energies]:
+def tasks(found: Sequence[Seeds], store: Path, saes: Path, root: Path) -> Iterator[Errors]:
     """What is left to sum, a task per site, its masks written."""
     for site in sorted({str(s.rows["site"].iloc[0]) for s in found}):
         here = [s for s in found if s.rows["site"].iloc[0] == site]
         write_masks(root / site, here)
-        yield Energies(store, site, tuple((i, saes / i) for s in here for i in s.matched), root / site)
+        yield Errors(store, site, tuple((i, saes / i) for s in here for i in s.matched), root / site)

@@ -109,7 +109,7 @@ COLUMNS = (
         "stability_recurring_variance",
         "Recurring variance",
         "share",
-        "their share of the reconstruction's energy, the sum of |f_j d_j|² over tokens and latents",
+        "share of the variance explained that these latents explain alone, (1 − FVU of them) / (1 − FVU), about the means",
     ),
     Column("site", "Site", "text", "place in the model whose activations were reconstructed"),
     Column("seed", "Seed", "text", "seed of the initialisation"),

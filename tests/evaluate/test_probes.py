@@ -472,7 +472,10 @@ def test_the_job_takes_the_run_s_own_null_as_baseline(run):
         (["--sae", "two"], "has no SAE 'two'; it has one"),
         (["--split", "validation"], "has no validation rows"),
         (["--split", "test", "--rows", "3"], "rows: 3 rows hold too few groups for 5 folds"),
-        (["--split", "test", "--labels", "step"], "labels: none of step has two classes with 10 groups each in the test"),
+        (
+            ["--split", "test", "--labels", "step"],
+            "labels: none of step has two classes with 10 groups each in the test",
+        ),
         (["--untrained", "nowhere"], "run: nowhere has no decision.json"),
     ],
 )

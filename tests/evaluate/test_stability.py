@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from helpers import tiny_store
 from safetensors.torch import save_file
 
 from raysae.evaluate import stability
-from raysae.gates.criteria import METRICS
+from raysae.gates.criteria import METRICS, apply, load_gate
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.sae import SAE
@@ -94,6 +96,7 @@ class World:
         self.store = tiny_store(root / "store", [("train", x[:100]), ("validation", x[100:])], SITE, {1: columns})
         self.x, self.names = x[100:], self.store.names("validation")
         self.saes, rows, firings = {}, [], {}
+        scale = np.float32(np.sqrt(D_IN / (1.75 * D_SAE)))  # so that x̂ is nearer to x than the mean is
         for seed in range(3):
             decoder = turned(PLANTED, 0.975, rng)  # two of these are at 0.95
             free = ~self.recurring
@@ -102,7 +105,7 @@ class World:
             if seed < 2:
                 decoder[half] = turned(PLANTED[half], 0.9, rng)  # two of these are at 0.8
             order = np.arange(D_SAE) if seed == 0 else rng.permutation(D_SAE)
-            W_dec = torch.from_numpy(decoder[order] * rng.uniform(0.5, 2, (D_SAE, 1)).astype(np.float32))
+            W_dec = torch.from_numpy(decoder[order] * rng.uniform(0.5, 2, (D_SAE, 1)).astype(np.float32) * scale)
             b_enc = torch.zeros(D_SAE)
             b_enc[np.flatnonzero(order == 0)] = -1e3
             p = {"W_enc": W_dec.T.contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": torch.zeros(D_IN)}
@@ -117,12 +120,12 @@ class World:
         (root / "evaluation" / SITE).mkdir(parents=True)
         save_file(firings, root / "evaluation" / SITE / f"{self.names[0]}.safetensors")
         self.found = self.match(self.table)
-        for task in stability.tasks(self.found, root / "store", root / "saes", root / "energies"):
+        for task in stability.tasks(self.found, root / "store", root / "saes", root / "errors"):
             assert not stability.done(task.root, self.names[0])
-            stability.block_energies(torch.device("cpu"), self.names[0], task)
+            stability.block_errors(torch.device("cpu"), self.names[0], task)
             assert stability.done(task.root, self.names[0])
         metrics = {i: {"fvu": 0.1 + 0.01 * n, "l0": 9.0, "ce_loss_recovered": 0.9} for n, i in enumerate(self.saes)}
-        self.collected = stability.collect(self.found, root / "energies", self.names, metrics, 200, 0.95, 0)
+        self.collected = stability.collect(self.found, root / "errors", self.names, metrics, 200, 0.95, 0)
 
     def match(self, table):
         return stability.match_all(table, self.root / "saes", self.root / "evaluation", self.names, 0)
@@ -164,16 +167,58 @@ def test_pairs_and_the_mean_are_of_both_directions(world):
     assert entry["fvu_mean"] == pytest.approx(0.11) and entry["fvu_sd"] == pytest.approx(0.01)
 
 
-def test_the_variance_that_recurs_is_a_share_of_the_energy(world):
+def share_explained(x, sae, kept):
+    """(1 - FVU of the kept latents alone) / (1 - FVU), residuals about their means, from the definition."""
+    x, f, W = x.double(), sae.encode(x).double(), sae.parameters["W_dec"].double()
+    total, of_all, of_kept = ((r - r.mean(0)).square().sum() for r in (x, x - f @ W, x - (f * kept) @ W))
+    return ((total - of_kept) / (total - of_all)).item()
+
+
+def test_the_variance_that_recurs_is_what_these_latents_explain_alone(world):
+    (seeds,) = world.found
     for i, sae in world.saes.items():
-        energy = (sae.encode(world.x).double() ** 2).sum(0) * sae.parameters["W_dec"].double().square().sum(1)
-        (seeds,) = world.found
-        recurs = torch.from_numpy(seeds.matched[i] >= stability.RECURS)
-        expected = (energy[recurs].sum() / energy.sum()).item()
+        expected = share_explained(world.x, sae, torch.from_numpy(seeds.matched[i] >= stability.RECURS))
         mine = world.collected["saes"][i]
         assert mine["stability_recurring_variance"] == pytest.approx(expected, rel=1e-4)
         assert mine["stability_recurring_variance_low"] < expected < mine["stability_recurring_variance_high"]
-        assert 0.2 < expected < 0.8
+        assert 0.2 < expected < 0.95
+
+
+def test_degenerate_seeds_that_share_a_dense_mean_and_nothing_else_have_no_recurring_variance(tmp_path):
+    """Activations lie about a large mean; each SAE has a latent that is it, on every row, and others of its own."""
+    rng = np.random.default_rng(0)
+    mean = np.zeros(D_IN, np.float32)
+    mean[0] = 30
+    spread = np.where(np.arange(D_IN) == 0, 0.05, 1)
+    x = torch.from_numpy((spread * rng.standard_normal((400, D_IN)) + mean).astype(np.float32))
+    groups = {"group": [f"g{i // 10}" for i in range(200)]}
+    store = tiny_store(tmp_path / "store", [("train", x[:200]), ("validation", x[200:])], SITE, {1: groups})
+    name, rows, firings = store.names("validation")[0], [], {}
+    (tmp_path / "evaluation" / SITE).mkdir(parents=True)
+    for seed in range(3):
+        own = stability.random_directions(D_SAE, D_IN - 1, rng) * np.sqrt(D_IN / D_SAE, dtype=np.float32)
+        W_dec = torch.cat([torch.zeros(D_SAE, 1), torch.from_numpy(own)], 1)
+        W_dec[0] = torch.from_numpy(mean / 30)
+        p = {"W_enc": W_dec.T.contiguous(), "b_enc": torch.zeros(D_SAE), "W_dec": W_dec, "b_dec": torch.zeros(D_IN)}
+        p["W_enc"][0, 1:] = 0
+        sae = SAE(SAEConfig("relu", D_IN, D_SAE, l1_coefficient=0.1, seed=seed), p)
+        formats.save(sae, tmp_path / "saes" / f"s{seed}")
+        firings[f"s{seed}.firings"] = (sae.encode(x[200:]) != 0).sum(0)
+        rows.append(
+            {"sae_id": f"s{seed}", "site": SITE, "architecture": "relu", "d_sae": D_SAE, "seed": seed, "k": np.nan}
+        )
+    save_file(firings, tmp_path / "evaluation" / SITE / f"{name}.safetensors")
+    table = pd.DataFrame(rows).assign(status="completed", l1_coefficient=0.1)
+    found = stability.match_all(table, tmp_path / "saes", tmp_path / "evaluation", [name], 0)
+    assert found[0].matched["s0"][0] > 0.99
+    for task in stability.tasks(found, tmp_path / "store", tmp_path / "saes", tmp_path / "errors"):
+        stability.block_errors(torch.device("cpu"), name, task)
+    metrics = {f"s{seed}": {"fvu": 0.1, "l0": 9.0, "ce_loss_recovered": 0.9} for seed in range(3)}
+    for entry in stability.collect(found, tmp_path / "errors", [name], metrics, 100, 0.95, 0)["saes"].values():
+        assert abs(entry["stability_recurring_variance"]) < 0.05
+        gate = load_gate(Path(__file__).parents[2] / "configs/gates/phase4.yaml")
+        judged = {v.metric: v for v in apply(gate, {**entry, "n_groups": 200, "effective_groups": 200.0})}
+        assert "must be >= 0.5" in judged["stability_recurring_variance"].reason
 
 
 def test_chance_is_far_below_and_stands_for_the_untrained_control(world):
@@ -198,7 +243,7 @@ def test_every_column_that_can_gate_has_an_interval_that_holds_it(world):
 def test_two_seeds_come_with_a_note_and_a_silent_sae_is_left_out(world, monkeypatch):
     (two,) = world.match(world.table[world.table["seed"] < 2])
     assert len(two.pairs) == 1 and (two.matched["relu-s0"][D_SAE // 2 : 3 * D_SAE // 4] >= stability.RECURS).all()
-    whole = stability.collect([two], world.root / "energies", world.names, {i: {"fvu": 0, "l0": 0, "ce_loss_recovered": 0}
+    whole = stability.collect([two], world.root / "errors", world.names, {i: {"fvu": 0, "l0": 0, "ce_loss_recovered": 0}
                               for i in world.saes}, 50, 0.95, 0)  # fmt: skip
     assert "3 were asked for" in whole["configurations"][0]["note"]
     fired = stability.fired
