@@ -68,8 +68,9 @@ def tokenize(
     sequence, where its positions go on counting.
     rows_per_block: most kept tokens in a block (a longer sequence is a block of its own). Kept are all but special
     tokens (those that tokenizer.json marks special: chat templates' too) and the first token of a sequence. That is the
-    separator, or a token at which a text was cut, which attends to nothing but itself: what a model holds there is an
-    attention sink of huge norm, whatever the token, and neither a row to learn from nor one to be scored.
+    separator, or a token at which a text was cut, which attends to nothing but itself: whatever the token, models keep an
+    attention sink there (median norm 1.8 times the other rows' in gsm-nano, hundreds of times in large models; Xiao et
+    al. 2023, Sun et al. 2024), which is neither a row to learn from nor one to be scored.
 
     `spans.parquet` lists, for each part of a step that lies in one sequence, its tokens [start, end) and the step.
 
