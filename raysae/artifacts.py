@@ -6,7 +6,8 @@ whatever it finds, and the manifest is written last, by rename. That is the whol
 out of one stage; it is the kernel's, so a killed driver leaves none behind.
 
 The manifest lists the stage's files with size and sha256. Sizes are compared whenever a stage is found finished, hashes
-by `Stage.verify`; what is damaged is refused with one line, since whoever deletes a stage should know that a disk did.
+(but for small tables, always) by `Stage.verify`; what is damaged is refused with one line, since whoever deletes a
+stage should know that a disk did.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from raysae.files import write_json as write_json
 MANIFEST = "manifest.json"
 LAYOUT = 2
 """Of the manifest; raised when a stage of an older raysae can no longer be checked against its own."""
+SMALL = 1 << 20
+"""Bytes up to which a file at the top of a stage, such as a table, is hashed whenever the stage is found finished."""
 UNREAD = ("tune", "attempts", "state")
 """Parts of a stage that no later one reads: Tune's own records, who tried what, and where the failed could go on from."""
 FAILED = "failed"
@@ -95,7 +98,8 @@ def finished_stage(root: Path, name: str, inputs: Mapping[str, Any]) -> Stage:
     if not os.path.lexists(path / MANIFEST):
         raise NotMade(name)
     manifest = read_sealed(path / MANIFEST)
-    compare(path, manifest["files"], hashed=lambda name: False)
+    files = manifest["files"]
+    compare(path, files, hashed=lambda name: "/" not in name and files[name]["bytes"] <= SMALL)
     return Stage(path, manifest, reused=True)
 
 

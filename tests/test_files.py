@@ -230,10 +230,11 @@ def test_a_finished_stage_notices_sizes_always_and_bits_when_asked(tmp_path):
         (path / "sub").mkdir()
         (path / "sub" / "shard").write_bytes(b"12345")
         (path / "attempts").write_text("whatever")
+        (path / "table").write_text("1")
         return {}
 
     made = stage(tmp_path, "s", {}, build)
-    assert list(made.manifest["files"]) == ["sub/shard"]
+    assert list(made.manifest["files"]) == ["sub/shard", "table"]
     shard = made.path / "sub" / "shard"
     mend = f"; delete {made.path} and run again"
 
@@ -241,6 +242,10 @@ def test_a_finished_stage_notices_sizes_always_and_bits_when_asked(tmp_path):
         return stage(tmp_path, "s", {}, lambda path: pytest.fail("built again"))
 
     again().verify()
+    (made.path / "table").write_text("2")
+    with pytest.raises(Damaged, match="table: does not match its sha256"):
+        again()
+    (made.path / "table").write_text("1")
     (made.path / "attempts").write_text("more")
     shard.write_bytes(b"12346")
     with pytest.raises(Damaged) as caught:
