@@ -74,16 +74,20 @@ def shown(rule: Choose, measured: pd.DataFrame) -> pd.Series:
 
 
 def rank(candidates: Sequence[Candidate], tied: Tied) -> list[Candidate]:
-    """The candidates, best first: by the rule's scores; ties by fewer failed advisory criteria, then smaller d_sae."""
-    left, order = list(candidates), []
-    while left:
+    """The best, the best of the others, and the rest by their scores.
+
+    The best is what the rule's scores leave, each among the ties of the one before; of ties in all, the one with fewer
+    failed advisory criteria, then the smaller.
+    """
+    left, first = list(candidates), list[Candidate]()
+    while left and len(first) < 2:
         among = left
         for k in range(len(left[0].scores)):
             best = min(among, key=lambda c: (c.scores[k], c.sae_id))
             among = [c for c in among if c is best or tied(best, c, k)]
-        order.append(min(among, key=lambda c: (c.failed, c.d_sae, c.scores, c.sae_id)))
-        left = [c for c in left if c is not order[-1]]
-    return order
+        first.append(min(among, key=lambda c: (c.failed, c.d_sae, c.scores, c.sae_id)))
+        left = [c for c in left if c is not first[-1]]
+    return first + sorted(left, key=lambda c: (c.scores, c.sae_id))
 
 
 def noise(rule: Choose, subtract: Subtract) -> Tied:
