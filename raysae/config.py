@@ -79,7 +79,7 @@ Job = TypeVar("Job", bound="Section")
 
 Widths = Annotated[tuple[PositiveFloat, ...], Field(min_length=1), Distinct]
 Label = Literal["step", "step_type", "operation", "value", "answer"]
-Null = Literal["untrained", "permuted", "pca", "ica", "shuffled_rows", "untrained_model"]
+Null = Literal["untrained", "random_encoder", "permuted", "pca", "ica", "shuffled_rows", "untrained_model"]
 NULLS: tuple[Null, ...] = get_args(Null)
 
 
@@ -306,10 +306,10 @@ class EvaluationConfig(Section):
     invariance: Annotated[Int, Field(ge=0)] = 0
     """Examples, such as 100, that are read again with other spaces, names and numbers, to see which latents still fire; 0
     turns it off."""
-    nulls: Annotated[tuple[Null | Literal["all"], ...], Field(min_length=1)] = ("untrained",)
-    """Controls measured beside the SAEs of each site and architecture. untrained: before its first step; permuted: decoder
-    rows exchanged; pca, ica: linear codes as sparse; shuffled_rows: trained on rows whose dimensions were shuffled;
-    untrained_model: trained on the same model with random weights; all: every one. The last two train, pca and ica fit."""
+    nulls: Annotated[tuple[Null | Literal["all"], ...], Field(min_length=1)] = ("untrained", "random_encoder")
+    """Controls at each SAE's size and L0. untrained: its start, decoder scaled; random_encoder: another start, decoder
+    fitted by least squares; permuted: its decoder rows exchanged; pca, ica: linear codes. One per site and architecture:
+    shuffled_rows: trained on rows of shuffled dimensions; untrained_model: on a model of random weights. all: every one."""
 
     @field_validator("nulls")
     @classmethod

@@ -32,7 +32,7 @@ class Evidence(Stages):
     """Stages beside the SAEs and after their measurement."""
 
     def nulls(self, kinds: Sequence[str], saes: Stage, store: Stage, tokens: Stage) -> Stage:
-        """Nulls of these kinds, beside an SAE of each site and architecture, made from `store`: `saes/`, named in the
+        """Nulls of these kinds, beside the SAEs that they are compared with, made from `store`: `saes/`, named in the
         manifest."""
 
         def build(path: Path) -> Mapping[str, Any]:
@@ -40,6 +40,7 @@ class Evidence(Stages):
             from raysae.evaluate import nulls
 
             spent = {"tokens": 0, "cpu_seconds": 0.0, "gpu_seconds": 0.0}
+            begun, trained = perf_counter(), [0.0]
 
             def train(trial: Any, packs: Any) -> None:
                 from raysae.sweep.on_ray import train_packs
@@ -48,14 +49,18 @@ class Evidence(Stages):
                 what = f"train nulls{' on shuffled rows' if trial.shuffled else ''}"
                 start = perf_counter()
                 train_packs(what, trial, packs, placement, self.config.cluster.max_restarts)
+                trained.append(perf_counter() - start)
                 at_once = replace(placement, workers=min(placement.workers, len(packs)))
-                for key, value in at_once.held(perf_counter() - start).items():
+                for key, value in at_once.held(trained[-1]).items():
                     spent[key] += value
                 spent["tokens"] += trial.recipe.steps * trial.recipe.batch_size * sum(map(len, packs.values()))
 
+            say(f"nulls: {', '.join(kinds)}")
             beside, losses = nulls.peers(saes.path), self.common(Store(store.path)).losses
             trial = self._trial(path, store, tokens)
             made = nulls.build(path, kinds, beside, trial, losses, self.config.seed, train)
+            for key, value in of_driver(perf_counter() - begun - sum(trained)).items():
+                spent[key] += value
             for name in (name for name, found in made.items() if not found["made"]):
                 say(f"nulls: the training of {name} diverged; it is left out")
             return {"nulls": made, "cost": spent}

@@ -29,7 +29,7 @@ from raysae.budget import ITEMS, refuse_overspending, spending
 from raysae.config import SweepJob, dump_yaml
 from raysae.environment import environment
 from raysae.errors import Damaged, UserError
-from raysae.evaluate.nulls import ELSEWHERE
+from raysae.evaluate.nulls import ELSEWHERE, LINEAR
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.evidence import Controls, Evidence
 from raysae.files import folder_name, is_temporary, read_table, remove_dead
@@ -343,7 +343,9 @@ def controls_of(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
         for name, facts in nulls.manifest["nulls"].items():
             if facts["made"]:
                 measured = metrics_of(seen)[name]
-                found[name] = {**measured, **facts, "dead_fraction": measured["never_fired_fraction"]}
+                # A linear code's directions that never fire can be left out of it: they are no width that was paid for.
+                dead = 0.0 if facts["kind"] in LINEAR else measured["never_fired_fraction"]
+                found[name] = {**measured, **facts, "sae_id": name, "dead_fraction": dead}
     return found
 
 

@@ -130,7 +130,7 @@ class Run:
 
     @cached_property
     def nulls(self) -> dict[str, dict[str, Any]]:
-        """Kind, site, architecture, compared SAE and store of each null by id; the SAEs lie in `nulls/<id>/`."""
+        """Kind, site, the SAEs that it stands beside, and store of each null by id; the nulls lie in `nulls/<id>/`."""
         return read_json_if(self.path / "nulls.json")
 
     def subject(self, sae_id: str | None = None) -> Subject:

@@ -44,7 +44,7 @@ from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe, width
 
 STAGE_VERSIONS = {
-    "model": 1, "records": 2, "tokens": 2, "store": 2, "sweep": 8, "nulls": 2, "null_model": 1, "evaluation": 5,
+    "model": 1, "records": 2, "tokens": 2, "store": 2, "sweep": 8, "nulls": 3, "null_model": 1, "evaluation": 6,
     "stability": 3, "domains": 3, "transfer": 2, "invariance": 2, "probes": 2, "features": 2,
 }  # fmt: skip
 """Raised when a stage's code changes what it makes, so that what an older raysae made is not taken for it."""
@@ -311,7 +311,8 @@ class Stages:
         self, split: str, saes: Stage | None, store: Stage, tokens: Stage, model: str, nulls: Stage | None = None,
         only: Sequence[str] | None = None,
     ) -> Stage:  # fmt: skip
-        """Measurements on a split of every SAE and null, of some SAEs, or of nulls alone (rows only): `metrics.json`."""
+        """Measurements on a split of every SAE and null, of those that `only` names, or of nulls alone (rows only):
+        `metrics.json`."""
         e = self.config.evaluation
         blocks = blocks_of(tokens, split)
 
@@ -585,7 +586,7 @@ class Stages:
 def _to_measure(
     saes: Stage | None, nulls: Stage | None, only: Sequence[str] | None
 ) -> dict[str, list[tuple[str, Path]]]:
-    """(id, directory) of the SAEs to measure by site: some of a sweep, or all that finished, and the nulls."""
+    """(id, directory) of the SAEs and nulls to measure, by site: all that finished, or those that `only` names."""
     wanted: dict[str, list[tuple[str, Path]]] = {}
     if saes is not None:
         table = read_table(saes.path / "table.parquet")
@@ -594,7 +595,7 @@ def _to_measure(
             wanted.setdefault(str(row.site), []).append((str(row.sae_id), saes.path / "saes" / str(row.sae_id)))
     if nulls is not None:
         for name, found in nulls.manifest["nulls"].items():
-            if found["made"]:
+            if found["made"] and (only is None or name in only):
                 wanted.setdefault(found["site"], []).append((name, nulls.path / "saes" / name))
     return wanted
 

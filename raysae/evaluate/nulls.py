@@ -1,9 +1,10 @@
 """Nulls: what an SAE must be better than, measured on the same rows with the same code.
 
-Each is an SAE like any other, on disk in the same layout, and stands beside one trained SAE: of each site and architecture,
-the widest with the median coefficient. Its kind says what it lacks:
+Each is an SAE like any other, on disk in the same layout, and stands beside trained ones. Its kind says what it lacks:
 
-untrained        training: the compared SAE before its first step. It knows the rows' mean and norm
+untrained        training: the compared SAE's size and start; a row keeps the k largest pre-activations
+random_encoder   a trained encoder: as untrained, of another seed, but its decoder is the best there is for this encoder, by
+                 least squares on training rows. What an SAE does no better is not owed to what its latents detect
 permuted         its decoder: each latent's row of W_dec is another's; encoder, L0 and firings are the compared SAE's
 pca, ica         more directions than axes: the principal, or independent, components of training rows, of which a row keeps
                  the k largest, signed (AbsTopK)
@@ -13,15 +14,17 @@ untrained_model  a trained model: trained as the compared SAE was, on the activa
                  weights, and measured on these. Spliced into a model that predicts nothing it has no loss to recover, so
                  its cross-entropies are not measured (Heap et al. 2025 find such SAEs as interpretable as others)
 
-Equal size, for pca and ica: the same L0, k = that of the compared SAE rounded up, and as many directions as it has up to
-d_in, which is all that a linear code has. A signed component counts as one latent. Components are fitted on FITTED_ROWS.
+The last two train, and stand beside one SAE of each site and architecture, the widest with the median coefficient. The
+others stand beside every completed SAE, at its size and L0: k = its L0 rounded up, of which SAEs that agree share one.
+None is a straw man: untrained and permuted decoders get their best scale and bias on training rows. A linear code has d_in
+directions at most, and is judged at the width of the SAE; a signed component counts as one latent.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +37,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from raysae.activations.store import Store
+from raysae.artifacts import read_json_if, write_json
 from raysae.sae import formats
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
 from raysae.sae.losses import Losses
@@ -42,12 +46,20 @@ from raysae.sae.train import Member, untrained
 from raysae.sweep.trial import Trial, input_scale
 
 FITTED_ROWS = 20_000
-"""Training rows, at most, on which PCA and ICA are fitted."""
+"""Training rows, at most, on which scales, PCA and ICA are fitted."""
+ROWS_PER_LATENT, FITTED_NUMBERS = 8, 1 << 28
+"""Rows for a decoder: FITTED_ROWS, or so many per latent, of at most so many numbers (1 GiB in float32)."""
+RIDGE, TOLERANCE, SOLVER_STEPS = 1e-4, 1e-3, 60
+"""Of the decoder's solve: ridge relative to a latent's mean variance, relative residual, and steps of the solver."""
+GRAM_AT_MOST = 4096
+"""Latents up to which their Gram matrix is formed once (64 MiB); beyond, each step goes over the rows."""
 SMALLEST_VARIANCE = 1e-7
 """Share of the variance below which a principal component is rounding, which ICA must not whiten."""
 ICA_STEPS, ICA_TOLERANCE = 200, 1e-3
 TRAINED = ("shuffled_rows", "untrained_model")
 """Kinds that are trained as the compared SAE was."""
+LINEAR = ("pca", "ica")
+"""Linear codes: at most d_in directions."""
 ELSEWHERE = "untrained_model"
 """The kind that is made from, and measured on, another store."""
 
@@ -62,23 +74,43 @@ class Peer(NamedTuple):
     """On the validation sample of its last rung."""
     learning_rate: float
     """Its peak."""
+    median: bool = True
+    """Whether kinds that train stand beside it."""
 
-    def null(self, kind: str, d_sae: int | None = None) -> str:
-        """The id of its null of a kind. No kind holds a dash."""
+    @property
+    def k(self) -> int:
+        """Its L0 rounded up, at least 1."""
+        return min(max(1, math.ceil(self.l0 - 1e-9)), self.sae.config.d_sae)
+
+    def null(self, kind: str) -> str:
+        """The id of its null of a kind: one of SAEs that can share it. No kind holds a dash."""
         config = self.sae.config
-        return f"control-{kind}-{config.architecture}-{d_sae or config.d_sae}-{self.site}"
+        if kind == "permuted":
+            return f"control-{kind}-{self.sae_id}"
+        if kind in TRAINED:
+            return f"control-{kind}-{config.architecture}-{config.d_sae}-{self.site}"
+        if kind in LINEAR:
+            d_sae = min(config.d_sae, config.d_in)
+            return f"control-{kind}-{d_sae}-k{min(self.k, d_sae)}-{self.site}"
+        of = config.architecture if kind == "untrained" else self.code
+        return f"control-{kind}-{of}-{config.d_sae}-k{self.k}-{self.site}"
+
+    @property
+    def code(self) -> str:
+        """How its nulls choose k latents: with their sign, where it does."""
+        return "abstopk" if self.sae.config.architecture == "abstopk" else "topk"
 
 
-def peers(sweep: Path) -> list[Peer]:
-    """The SAEs of a sweep's stage that nulls are compared with."""
+def peers(sweep: Path) -> Iterator[Peer]:
+    """The completed SAEs of a sweep's stage, one at a time."""
     curves = pd.read_parquet(sweep / "curves.parquet").groupby("sae_id").tail(1).set_index("sae_id")
-    found = []
-    for row in compared(pd.read_parquet(sweep / "table.parquet")).to_dict("records"):
+    table = pd.read_parquet(sweep / "table.parquet")
+    median = {*compared(table)["sae_id"]}
+    for row in table[table["status"] == "completed"].to_dict("records"):
         sae_id = str(row["sae_id"])
         sae = formats.load(sweep / "saes" / sae_id)
-        l0 = float(curves.at[sae_id, "l0"])
-        found.append(Peer(sae_id, str(row["site"]), sae, l0, float(row["learning_rate"])))
-    return found
+        l0, rate = float(curves.at[sae_id, "l0"]), float(row["learning_rate"])
+        yield Peer(sae_id, str(row["site"]), sae, l0, rate, sae_id in median)
 
 
 def compared(table: pd.DataFrame) -> pd.DataFrame:
@@ -95,7 +127,7 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
 def build(
     root: Path,
     kinds: Sequence[str],
-    found: Sequence[Peer],
+    found: Iterable[Peer],
     trial: Trial,
     losses: Losses,
     seed: int,
@@ -103,63 +135,175 @@ def build(
 ) -> dict[str, dict[str, Any]]:
     """Make the nulls of these kinds below `root/saes/`, those that are trained by one pack per site and kind.
 
-    Returns, by id, kind, site, architecture, d_sae, expansion_factor, the compared SAE's id, and `made`: false where a
-    training diverged. `train` gets a trial (with `root` as its root) and the packs by site; what was trained before is in
-    none of them.
+    Returns, by id, kind, site, architecture, d_sae, expansion_factor, `beside` (the ids of the SAEs that it stands beside),
+    `made`: false where a training diverged, of those at an SAE's L0 their k, and of linear codes `latents`, the width at
+    which they are judged. `train` gets a trial (with `root` as its root) and the packs by site; what was made before is
+    neither made nor trained again.
     """
-    store = Store(trial.store)
-    facts: dict[str, dict[str, Any]] = {}
-    for kind in kinds:
-        packs: dict[str, list[Member]] = {}
-        for peer in found:
-            config, more = peer.sae.config, dict[str, Any]()
+    maker = _Maker(Store(trial.store), seed)
+    facts: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
+    packs: dict[str, dict[str, list[Member]]] = {kind: {} for kind in TRAINED}
+    for peer in found:
+        config = peer.sae.config
+        for kind in kinds:
+            name = peer.null(kind)
+            if kind in TRAINED and not peer.median:
+                continue
+            if name in facts[kind]:
+                known = facts[kind][name]
+                known["beside"].append(peer.sae_id)
+                if kind in LINEAR:
+                    known["latents"] = max(known["latents"], config.d_sae)
+                continue
+            more = dict[str, Any]()
             if kind in TRAINED:
-                name = peer.null(kind)
+                size = config
                 if not _there(root, name):
-                    packs.setdefault(peer.site, []).append(Member(name, config, peer.learning_rate, losses))
+                    packs[kind].setdefault(peer.site, []).append(Member(name, config, peer.learning_rate, losses))
             else:
-                sae, more = made(kind, peer, store, seed)
-                config, name = sae.config, peer.null(kind, sae.config.d_sae)
-                formats.save(sae, root / "saes" / name)
-            facts[name] = {
+                if _there(root, name):
+                    size = formats.load(root / "saes" / name).config
+                    more = read_json_if(root / "facts" / f"{name}.json")
+                else:
+                    null, more = maker.make(kind, peer)
+                    size = null.config
+                    (root / "facts").mkdir(parents=True, exist_ok=True)
+                    write_json(root / "facts" / f"{name}.json", more)
+                    formats.save(null, root / "saes" / name)
+                if kind in LINEAR:
+                    more = more | {"latents": config.d_sae}
+            facts[kind][name] = {
                 "kind": kind,
                 "site": peer.site,
-                "architecture": peer.sae.config.architecture,
-                "d_sae": config.d_sae,
-                "expansion_factor": config.d_sae / config.d_in,
-                "compared": peer.sae_id,
+                "architecture": config.architecture,
+                "d_sae": size.d_sae,
+                "expansion_factor": size.d_sae / size.d_in,
+                "beside": [peer.sae_id],
                 **more,
             }
-        if packs:
-            train(replace(trial, root=root, shuffled=kind == "shuffled_rows"), packs)
-    return {name: {**known, "made": _there(root, name)} for name, known in facts.items()}
+    for kind, pack in packs.items():
+        if pack:
+            train(replace(trial, root=root, shuffled=kind == "shuffled_rows"), pack)
+    return {name: {**known, "made": _there(root, name)} for of in facts.values() for name, known in of.items()}
 
 
 def _there(root: Path, name: str) -> bool:
     return (root / "saes" / name / "cfg.json").exists()
 
 
-def made(kind: str, peer: Peer, store: Store, seed: int) -> tuple[SAE, dict[str, Any]]:
-    """A null that needs no training, and for ica whether it converged."""
-    sae = peer.sae
-    if kind == "untrained":
-        return _labelled(untrained(sae.config, input_scale(store, peer.site)), sae), {}
-    if kind == "permuted":
-        return permuted(sae, seed), {}
-    if kind not in ("pca", "ica"):
-        raise ValueError(f"kind: {kind!r} is unknown")
-    count = min(FITTED_ROWS, store.rows("train"))
-    rows = next(store.batches(peer.site, "train", count, seed=seed)).float()
-    config = SAEConfig("abstopk", sae.config.d_in, min(sae.config.d_sae, sae.config.d_in), k=1, seed=seed)
-    code, converged = pca(rows, config) if kind == "pca" else ica(rows, config)
-    k = min(max(1, math.ceil(peer.l0 - 1e-9)), code.config.d_sae)
-    code = SAE(replace(code.config, k=k), code.parameters)
-    return _labelled(code, sae), {} if converged is None else {"converged": converged}
+class _Maker:
+    """Nulls that need no training, with what those of one site share."""
+
+    def __init__(self, store: Store, seed: int) -> None:
+        self.store, self.seed = store, seed
+        self._codes: dict[tuple[str, str, int], tuple[SAE, bool | None]] = {}
+
+    def make(self, kind: str, peer: Peer) -> tuple[SAE, dict[str, Any]]:
+        """A null, with its k and on how many rows it was fitted; for ica, whether it converged."""
+        sae, config = peer.sae, peer.sae.config
+        if kind == "permuted":
+            rows = self.rows(peer.site, FITTED_ROWS)
+            return scaled(permuted(sae, self.seed), rows), {"fitted_rows": len(rows)}
+        if kind in LINEAR:
+            size = min(config.d_sae, config.d_in)
+            k = min(peer.k, size)
+            code, converged = self._code(kind, peer.site, SAEConfig("abstopk", config.d_in, size, k=1, seed=self.seed))
+            code = SAE(replace(code.config, k=min(k, code.config.d_sae)), code.parameters)
+            more = {"k": k, "fitted_rows": len(self.rows(peer.site, FITTED_ROWS))}
+            return _labelled(code, sae), more | ({} if converged is None else {"converged": converged})
+        if kind not in ("untrained", "random_encoder"):
+            raise ValueError(f"kind: {kind!r} is unknown")
+        start = SAEConfig(peer.code, config.d_in, config.d_sae, k=peer.k, seed=config.seed)
+        if kind == "untrained":
+            rows = self.rows(peer.site, FITTED_ROWS)
+            null = scaled(untrained(start, input_scale(self.store, peer.site)), rows)
+        else:
+            wanted = max(FITTED_ROWS, ROWS_PER_LATENT * config.d_sae)
+            rows = self.rows(peer.site, min(wanted, FITTED_NUMBERS // config.d_in))
+            null = fitted(untrained(_reseeded(start, self.seed), input_scale(self.store, peer.site)), rows)
+        return _labelled(null, sae), {"k": peer.k, "fitted_rows": len(rows)}
+
+    def rows(self, site: str, most: int) -> Tensor:
+        """Up to so many training rows [n, d_in], the same for the same number."""
+        count = min(most, self.store.rows("train"))
+        return next(self.store.batches(site, "train", count, seed=self.seed)).float()
+
+    def _code(self, kind: str, site: str, config: SAEConfig) -> tuple[SAE, bool | None]:
+        key = (kind, site, config.d_sae)
+        if key not in self._codes:
+            self._codes[key] = (pca if kind == "pca" else ica)(self.rows(site, FITTED_ROWS), config)
+        return self._codes[key]
+
+
+def scaled(sae: SAE, rows: Tensor) -> SAE:
+    """The SAE with the one factor on W_dec, and the b_dec, that leave least error on rows [n, d_in]; latents unchanged."""
+    p = sae.parameters
+    f = ARCHITECTURES[sae.config.architecture].encode_latents(p, sae.config, rows)
+    u = f.decode(p["W_dec"], torch.zeros_like(p["b_dec"]))
+    at = u.double().mean(0), rows.double().mean(0)
+    apart = u.double() - at[0]
+    factor = float((apart * (rows.double() - at[1])).sum() / apart.square().sum().clamp_min(1e-30))
+    return _decoded(sae, p["W_dec"] * factor, (at[1] - factor * at[0]).float())
+
+
+def fitted(sae: SAE, rows: Tensor) -> SAE:
+    """The SAE with the W_dec and b_dec that leave least error on rows [n, d_in], by ridge regression on its latents.
+
+    The centred normal equations by conjugate gradients, preconditioned by their diagonal (Saad 2003, alg. 9.1), for all
+    dimensions at once. Latents stay sparse, and memory is a few times that of the rows. A latent that never fires gets
+    a row of zeros.
+    """
+    p, n = sae.parameters, len(rows)
+    f = ARCHITECTURES[sae.config.architecture].encode_latents(p, sae.config, rows)
+    mean, of_rows = f.sum()[:, None] / n, rows.mean(0)
+    squares = f.with_values(f.values.square()).sum()[:, None] / n
+    variance = (squares - mean.square()).clamp_min(0)
+    ridge = RIDGE * float(variance.mean())
+    nothing = torch.zeros_like(p["b_dec"])
+    gram = f.rows(f.dense()) / n if len(mean) <= GRAM_AT_MOST else None
+
+    def times(v: Tensor) -> Tensor:
+        """(FᵀF / n - mean meanᵀ + ridge) v for v [d_sae, d_in]."""
+        product = f.rows(f.decode(v, nothing)) / n if gram is None else gram @ v
+        return product.sub_(mean @ (mean.T @ v)).add_(v, alpha=ridge)
+
+    residual = f.rows(rows - of_rows) / n  # the rows' mean is gone, and with it that of the latents
+    scale = 1 / (variance + max(ridge, 1e-30))
+    W_dec, goal = torch.zeros_like(residual), TOLERANCE * float(residual.norm())
+    step = scale * residual
+    energy = (residual * step).sum(0)
+    for _ in range(SOLVER_STEPS):
+        if float(residual.norm()) <= goal:
+            break
+        along = times(step)
+        length = energy / (step * along).sum(0).clamp_min(1e-30)
+        W_dec += length * step
+        residual -= length * along
+        before, better = energy, scale * residual
+        energy = (residual * better).sum(0)
+        step = better + energy / before.clamp_min(1e-30) * step
+    return _decoded(sae, W_dec, of_rows - (mean.T @ W_dec)[0])
+
+
+def _decoded(sae: SAE, W_dec: Tensor, b_dec: Tensor) -> SAE:
+    """The SAE with another decoder. Encoders read x - b_dec: what that changes is given back to their biases."""
+    p = dict(sae.parameters)
+    moved = (b_dec - p["b_dec"]) @ p["W_enc"]
+    if "b_enc" in p:
+        p["b_enc"] = p["b_enc"] + moved
+    else:  # gated: xw + b_gate > 0, xw · exp(r_mag) + b_mag
+        p["b_gate"], p["b_mag"] = p["b_gate"] + moved, p["b_mag"] + moved * p["r_mag"].exp()
+    return SAE(sae.config, p | {"W_dec": W_dec, "b_dec": b_dec}, dict(sae.metadata))
+
+
+def _reseeded(config: SAEConfig, seed: int) -> SAEConfig:
+    """From another seed than an SAE's own, which would give the start that it was trained from."""
+    return replace(config, seed=config.seed + seed + 1)
 
 
 def random_sae(sae: SAE, store: Store, site: str, seed: int) -> SAE:
-    """The SAE before its first step, from another seed than its own, which would give the start it was trained from."""
-    return untrained(replace(sae.config, seed=sae.config.seed + seed + 1), input_scale(store, site))
+    """The SAE before its first step, from another seed."""
+    return untrained(_reseeded(sae.config, seed), input_scale(store, site))
 
 
 def _labelled(null: SAE, sae: SAE) -> SAE:
@@ -176,13 +320,13 @@ def permuted(sae: SAE, seed: int) -> SAE:
     return SAE(sae.config, {**sae.parameters, "W_dec": W_dec}, dict(sae.metadata))
 
 
-def pca(rows: Tensor, config: SAEConfig) -> tuple[SAE, None]:
+def pca(rows: Tensor, config: SAEConfig) -> tuple[SAE, bool | None]:
     """f = V (x - mean), x̂ = Vᵀ f + mean with V the first d_sae principal components (rows) of `rows` [n, d_in]."""
     fitted = PCA(_rank(rows, config.d_sae), svd_solver="covariance_eigh").fit(rows.numpy())
     return _code(config, fitted.components_, fitted.components_, fitted.mean_), None
 
 
-def ica(rows: Tensor, config: SAEConfig) -> tuple[SAE, bool]:
+def ica(rows: Tensor, config: SAEConfig) -> tuple[SAE, bool | None]:
     """f = U (x - mean), x̂ = A f + mean with FastICA's unmixing U and mixing A (Hyvärinen 1999), and if it converged.
 
     Sources are scaled to mixing columns of unit norm, so that the largest are those that contribute most to x̂.

@@ -14,7 +14,8 @@ from raysae.report.figures import records
 
 METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta")
 IN_WORDS = {
-    "untrained": "untrained SAE",
+    "untrained": "untrained SAE, its k largest, decoder scaled",
+    "random_encoder": "random encoder, decoder fitted",
     "permuted": "its decoder rows permuted",
     "pca": "PCA, the k largest of each row",
     "ica": "ICA, the k largest of each row",
@@ -24,28 +25,29 @@ IN_WORDS = {
 
 
 def groups(decision: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Nulls by the SAE that they stand beside: its id, its own values, and a row per null."""
+    """Nulls by the SAE that they stand beside: its id, its own values, and a row per null, in the order of the table."""
     saes = {row["sae_id"]: row for row in records(table)}
-    found: dict[str | None, list[dict[str, Any]]] = {}
+    shown: dict[str | None, list[dict[str, Any]]] = {i: [] for i in saes}
     for name, control in (decision.get("controls") or {}).items():
         metrics = control["metrics"]
         kind = metrics.get("kind") or kind_of(name)
-        found.setdefault(metrics.get("compared"), []).append(
-            {
-                "name": name,
-                "kind": IN_WORDS.get(kind, kind),
-                "d_sae": metrics.get("d_sae"),
-                "cells": [cell(m, metrics) for m in METRICS],
-                "passes": bool(control["passes_gate"]),
-                "must_fail": kind != ELSEWHERE,
-                "note": "" if metrics.get("converged", True) else "did not converge",
-            }
-        )
+        row = {
+            "name": name,
+            "kind": IN_WORDS.get(kind, kind),
+            "d_sae": metrics.get("d_sae"),
+            "cells": [cell(m, metrics) for m in METRICS],
+            "passes": bool(control["passes_gate"]),
+            "must_fail": kind != ELSEWHERE,
+            "note": "" if metrics.get("converged", True) else "did not converge",
+        }
+        for sae_id in metrics.get("beside") or [None]:
+            shown.setdefault(sae_id, []).append(row)
     return [
         {
             "sae_id": sae_id,
             "cells": [cell(m, saes[sae_id]) for m in METRICS] if sae_id in saes else None,
             "nulls": nulls,
         }
-        for sae_id, nulls in found.items()
+        for sae_id, nulls in shown.items()
+        if nulls
     ]

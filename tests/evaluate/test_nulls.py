@@ -12,19 +12,24 @@ from helpers import sparse_rows, tiny_store
 from raysae import config
 from raysae.activations.store import Store
 from raysae.evaluate import nulls
-from raysae.evaluate.nulls import Peer, beside, build, compared, ica, made, pca, permuted
+from raysae.evaluate.nulls import Peer, beside, build, compared, fitted, ica, pca, permuted, scaled
 from raysae.sae import formats
-from raysae.sae.architectures import SAEConfig
+from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
 from raysae.sae.losses import Losses
 from raysae.sae.metrics import RowSums
-from raysae.sae.train import Member, Recipe
-from raysae.sweep.trial import Trial, train_pack, unpaired
+from raysae.sae.sae import SAE
+from raysae.sae.train import Member, Recipe, untrained
+from raysae.sweep.trial import Trial, input_scale, train_pack, unpaired
 
 D, SITE = 8, "blocks.0.resid_post"
 RECIPE = Recipe(
     steps=400, batch_size=64, warmup_steps=20, decay_steps=80, sparsity_warmup_steps=4, dead_after_tokens=4096
 )
 METADATA = {"model_name": "toy", "context_size": 16, "hook_name": "blocks.0.hook_resid_post"}
+
+
+def made(kind: str, peer: Peer, store: Store, seed: int):
+    return nulls._Maker(store, seed).make(kind, peer)
 
 
 def on_site(trial: Trial, packs: dict) -> None:
@@ -72,15 +77,52 @@ def test_every_kind_of_the_config_is_made_and_stands_beside_each_sae(trial, peer
     facts = build(tmp_path, config.NULLS, peers, trial, Losses(), 0, on_site)
     assert set(config.NULLS) == set(get_args(config.Null)) and all("-" not in kind for kind in config.NULLS)
     assert all(f"\n{kind}" in nulls.__doc__ or f", {kind}" in nulls.__doc__ for kind in config.NULLS)
-    assert [(f["kind"], f["compared"]) for f in facts.values()] == [(k, p.sae_id) for k in config.NULLS for p in peers]
+    for kind in config.NULLS:
+        stands = [i for f in facts.values() if f["kind"] == kind for i in f["beside"]]
+        assert sorted(stands) == sorted(p.sae_id for p in peers), kind
     for name, found in facts.items():
         sae = formats.load(tmp_path / "saes" / name)
-        assert found["made"] and name == f"control-{found['kind']}-{found['architecture']}-{found['d_sae']}-{SITE}"
+        assert found["made"] and name.startswith(f"control-{found['kind']}-")
         assert (sae.config.d_in, sae.config.d_sae) == (D, found["d_sae"])
         assert found["expansion_factor"] == found["d_sae"] / D
         assert sae.metadata["hook_name"] == "blocks.0.hook_resid_post"
-    assert beside(facts, "pca", SITE, "relu") == f"control-pca-relu-8-{SITE}"
+    assert beside(facts, "untrained_model", SITE, "relu") == f"control-untrained_model-relu-20-{SITE}"
     assert beside(facts, "pca", SITE, "gated") is None and beside(facts, "pca", "final_norm", "relu") is None
+
+
+def test_nulls_stand_beside_every_sae_at_its_size_and_l0_and_equal_ones_are_shared(trial, peers, tmp_path, monkeypatch):
+    relu, topk = peers[1], peers[0]
+    several = [
+        topk, topk._replace(sae_id="twin", l0=1.3, median=False), topk._replace(sae_id="denser", l0=2.4, median=False),
+        relu._replace(l0=2.0), topk._replace(sae_id="wide", sae=wider(topk.sae, 40), median=False),
+    ]  # fmt: skip
+    kinds = ["untrained", "random_encoder", "pca", "shuffled_rows", "permuted"]
+    facts = build(tmp_path, kinds, iter(several), trial, Losses(), 0, on_site)
+    stands = {name: f["beside"] for name, f in facts.items()}
+    assert {name: ids for name, ids in stands.items() if "random_encoder" in name} == {
+        f"control-random_encoder-topk-24-k2-{SITE}": ["topk", "twin"],
+        f"control-random_encoder-topk-24-k3-{SITE}": ["denser"],
+        f"control-random_encoder-topk-20-k2-{SITE}": ["relu"],
+        f"control-random_encoder-topk-40-k2-{SITE}": ["wide"],
+    }
+    assert stands[f"control-untrained-relu-20-k2-{SITE}"] == ["relu"]
+    assert stands[f"control-pca-8-k2-{SITE}"] == ["topk", "twin", "relu", "wide"]
+    assert facts[f"control-pca-8-k2-{SITE}"]["latents"] == 40 and facts[f"control-pca-8-k2-{SITE}"]["d_sae"] == 8
+    assert [ids for name, ids in stands.items() if "permuted" in name] == [[p.sae_id] for p in several]
+    assert {i for name, ids in stands.items() if "shuffled_rows" in name for i in ids} == {"topk", "relu"}
+    x = sparse_rows(500, D, seed=2)
+    for name, f in facts.items():
+        if "k" in f:
+            l0 = measure(formats.load(tmp_path / "saes" / name), x)["l0"]
+            assert l0 == pytest.approx(f["k"], abs=0.05), name
+    monkeypatch.setattr(nulls, "_Maker", lambda *_: None)  # a stage that was killed makes no null again
+    again = build(tmp_path, kinds, iter(several), trial, Losses(), 0, on_site)
+    assert again == facts
+
+
+def wider(sae, d_sae):
+    c = replace(sae.config, d_sae=d_sae)
+    return SAE(c, initial_parameters(c, torch.zeros(D)), sae.metadata)
 
 
 def test_what_trains_trains_as_one_pack_per_site_and_only_what_is_missing(trial, peers, tmp_path):
@@ -116,7 +158,7 @@ def test_a_training_that_diverged_is_not_made(trial, peers, tmp_path):
 def test_the_random_sae_of_probes_and_features_is_another_start_in_the_same_place(trial, peers):
     store = Store(trial.store)
     for peer in peers:
-        start, other = made("untrained", peer, store, 0)[0], nulls.random_sae(peer.sae, store, SITE, 0)
+        start, other = untrained(peer.sae.config, input_scale(store, SITE)), nulls.random_sae(peer.sae, store, SITE, 0)
         assert other.config == replace(start.config, seed=peer.sae.config.seed + 1)
         assert torch.equal(other.parameters["b_dec"], start.parameters["b_dec"])
         cosines = torch.cosine_similarity(other.parameters["W_dec"], start.parameters["W_dec"], dim=1)
@@ -147,13 +189,72 @@ def test_the_widest_with_the_median_coefficient_is_compared():
 # One by one
 
 
-def test_untrained_is_the_compared_sae_before_its_first_step(trial, peers):
-    null, _ = made("untrained", peers[0], Store(trial.store), 0)
+def test_untrained_is_the_compared_sae_before_its_first_step_with_its_best_scale(trial, peers, real):
+    store = Store(trial.store)
+    null, facts = made("untrained", peers[0], store, 0)
+    assert facts == {"k": 2, "fitted_rows": 1500}
     none = replace(trial, recipe=replace(RECIPE, steps=1, warmup_steps=10**9), root=trial.root / "none")
     train_pack(none, SITE, [Member("start", peers[0].sae.config, 1e-2)], lambda rung: [])  # a step of no length
     start = formats.load(none.root / "saes" / "start")
-    for name, p in start.parameters.items():
-        torch.testing.assert_close(null.parameters[name], p, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(null.encode(real), start.encode(real), atol=1e-4, rtol=1e-4)
+    ratio = null.parameters["W_dec"] / start.parameters["W_dec"]
+    assert (ratio - ratio[0, 0]).abs().max() < 1e-3
+    x = store.head(SITE, "train", 1500)
+    best = measure(null, x)["fvu"]
+    for factor, moved in ((1.02, 0.0), (0.98, 0.0), (1.0, 0.02)):
+        p = null.parameters
+        other = nulls._decoded(null, p["W_dec"] * factor, p["b_dec"] + moved)
+        torch.testing.assert_close(other.encode(x), null.encode(x), atol=1e-4, rtol=1e-4)
+        assert measure(other, x)["fvu"] > best
+    assert best < 0.8 * measure(start, x)["fvu"]
+
+
+def random_encoder_by_hand(null, x):
+    """W_dec and b_dec of the best decoder for an SAE's latents, by a dense solve with an intercept."""
+    f = null.encode(x).double().numpy()
+    columns = np.concatenate([f, np.ones((len(f), 1))], axis=1)
+    return np.linalg.lstsq(columns, x.double().numpy(), rcond=None)[0]
+
+
+@pytest.mark.parametrize("gram", [4096, 0])
+def test_a_random_encoder_has_the_best_decoder_for_it(trial, peers, real, monkeypatch, gram):
+    """As a dense least-squares solve has it; by its Gram matrix, or over the rows at every step."""
+    monkeypatch.setattr(nulls, "GRAM_AT_MOST", gram)
+    monkeypatch.setattr(nulls, "RIDGE", 1e-7)
+    store = Store(trial.store)
+    null, facts = made("random_encoder", peers[0], store, 0)
+    assert facts == {"k": 2, "fitted_rows": 1500} and null.config.k == 2 and null.config.d_sae == 24
+    x = store.head(SITE, "train", 1500)
+    by_hand = random_encoder_by_hand(null, x)
+    best = ((x.double() - (np.c_[null.encode(x).double(), np.ones(1500)] @ by_hand)).square().sum()).item()
+    found = (x.double() - null(x).double()).square().sum().item()
+    assert found == pytest.approx(best, rel=1e-3)
+    start, _ = made("untrained", peers[0], store, 0)
+    assert not torch.equal(null.encode(real) != 0, start.encode(real) != 0), "of another seed than the SAE's"
+    assert measure(peers[0].sae, real)["fvu"] < measure(null, real)["fvu"] < measure(start, real)["fvu"]
+
+
+def test_a_fitted_decoder_leaves_out_what_never_fires_and_keeps_what_a_latent_reads():
+    x = torch.cat([torch.eye(D), -torch.eye(D)]).repeat(20, 1) * torch.linspace(0.5, 2, 16 * 20)[:, None] + 3
+    config = SAEConfig("topk", D, 24, k=1)
+    eye = torch.eye(D)
+    parts = {"W_enc": torch.cat([eye, -eye, torch.zeros(D, 8)], 1), "b_enc": torch.tensor([0.0] * 16 + [-9.0] * 8)}
+    sae = SAE(config, parts | {"W_dec": torch.zeros(24, D), "b_dec": torch.full((D,), 3.0)})
+    best = fitted(sae, x)
+    assert (best.parameters["W_dec"][16:] == 0).all() and measure(best, x)["fvu"] < 1e-5
+    torch.testing.assert_close(best.encode(x), sae.encode(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_another_decoder_changes_no_latent(architecture):
+    config = SAEConfig(architecture, D, 24, **{ARCHITECTURES[architecture].coefficient: 3})
+    sae = SAE(config, initial_parameters(config, torch.zeros(D)))
+    p = {
+        n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(0)) for n, t in sae.parameters.items()
+    }
+    sae, x = SAE(config, p), sparse_rows(200, D, seed=1)
+    torch.testing.assert_close(scaled(sae, x).encode(x), sae.encode(x), atol=1e-4, rtol=1e-4)
+    assert measure(scaled(sae, x), x)["fvu"] <= min(1.0, measure(sae, x)["fvu"]) + 1e-6, "no worse than the mean alone"
 
 
 def test_permuted_latents_fire_as_before_and_none_keeps_its_row(peers, real):
@@ -187,7 +288,7 @@ def test_a_linear_code_as_dense_as_its_axes_loses_nothing(trial, peers, real):
         null, _ = made(kind, peers[0]._replace(l0=50.0), Store(trial.store), 0)
         assert null.config.d_sae == D and measure(null, real)["l0"] == D
         assert measure(null, real)["fvu"] < 1e-6
-    narrow = peers[0]._replace(sae=peers[0].sae.__class__(replace(peers[0].sae.config, d_sae=5), {}))
+    narrow = peers[0]._replace(sae=wider(peers[0].sae, 5))
     assert made("pca", narrow, Store(trial.store), 0)[0].config.d_sae == 5, "never wider than the compared SAE"
 
 

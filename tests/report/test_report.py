@@ -629,7 +629,7 @@ def with_nulls(table: pd.DataFrame) -> dict[str, Any]:
     def null(kind: str, passes: bool, **metrics: Any) -> tuple[str, dict[str, Any]]:
         own = {
             "kind": kind,
-            "compared": table.loc[0, "sae_id"],
+            "beside": [table.loc[0, "sae_id"], table.loc[2, "sae_id"]],
             "d_sae": 64,
             "fvu": 0.7,
             "fvu_low": 0.65,
@@ -655,6 +655,8 @@ def test_nulls_stand_below_their_sae_with_intervals_and_what_the_gate_made_of_th
     assert "ICA" in rows[3] and "passes: the gate is void" in rows[3] and "did not converge" in rows[3]
     assert "random weights" in rows[4] and "passes: the gate does not ask what the model" in rows[4]
     assert "void" not in rows[4] and "converge" not in rows[2] + rows[4]
+    again = [row.split()[0] for row in rows[5:9]]
+    assert again == [table.loc[2, "sae_id"], "its", "ICA,", "SAE"], "a null that two SAEs share stands below both"
     assert "random weights, on its activations" not in html, "of a kind that was not measured nothing is shown"
 
 
