@@ -26,6 +26,8 @@ class Controls(NamedTuple):
     nulls: Stage
     store: Stage
     measured: Stage
+    model: str = ""
+    """Name or path of the model."""
 
 
 class Evidence(Stages):
@@ -83,7 +85,8 @@ class Evidence(Stages):
         null_model = str(self._stage("null_model", inputs, build).path)
         store = self.store(tokens, null_model)
         nulls = self.nulls([ELSEWHERE], saes, store, tokens)
-        return Controls(nulls, store, self.evaluation("validation", None, store, tokens, null_model, nulls))
+        measured = self.evaluation("validation", None, store, tokens, null_model, nulls)
+        return Controls(nulls, store, measured, null_model)
 
     def stability(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Stage:
         """Whether seeds find the same latents: `stability.json`, `stability.parquet`."""

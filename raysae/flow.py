@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from raysae.evaluate.nulls import ELSEWHERE, LINEAR
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.evidence import Controls, Evidence
 from raysae.files import folder_name, is_temporary, read_table, remove_dead
-from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes
+from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes, rivals
 from raysae.gates.select import choose, decide, split_of
 from raysae.gates.waivers import load_waiver, read_basis
 from raysae.looks import look
@@ -106,7 +106,7 @@ class Flow(Evidence):
         sae_stage = self.saes(store, tokens)
         nulls = self._own_nulls(sae_stage, store, tokens)
         validation = self.evaluation("validation", sae_stage, store, tokens, model, nulls)
-        controls = [Controls(nulls, store, validation)]
+        controls = [Controls(nulls, store, validation, model)]
         if ELSEWHERE in self.config.evaluation.nulls:
             controls.append(self._untrained_model(sae_stage, tokens, model))
         return self._finish(Made(sae_stage, validation, controls, records, store, tokens, model, away))
@@ -170,30 +170,52 @@ class Flow(Evidence):
     def _judge(self, made: Made, table: pd.DataFrame, controls: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """The content of decision.json. Adds `pareto` and `passes_gate` to the table."""
         sites = list(made.store.manifest["sites"])
-        choice = choose(table, self.gate, controls, self.waiver, self._paired(made).difference, sites)
+        subtract = self._paired(made, "validation", made.controlled).difference
+        choice = choose(table, self.gate, controls, self.waiver, subtract, sites)
         table["pareto"] = table["sae_id"].isin(choice.front)
         table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))
         rows = {str(row["sae_id"]): row for row in table.to_dict("records")}
-        tests, looks = dict[str, dict[str, Any]](), None
+        tests, looks, on_test = dict[str, dict[str, Any]](), None, None
         if choice.chosen:
             what = {"run": self.identity(), "saes": choice.chosen}
             looks = look(self.root, made.records.path.name, "choice", self.directory.name, what)
-            tested = self.evaluation("test", made.saes, made.store, made.tokens, made.model, only=choice.chosen)
+            held = {name for i in choice.chosen for name in rivals(self.gate, rows[i], controls)}
+            again = self._measured_again(made, choice.chosen, held)
+            tested = again[0].measured
             for i in choice.chosen:
                 carried = {n: v for n, v in rows[i].items() if n in ("sae_id", "site") or split_of(n, "test") != "test"}
                 tests[i] = {**carried, **metrics_of(tested)[i]}
+            seen = controls_of(again, held)
+            for name, c in seen.items():
+                c |= {n: v for n, v in controls[name].items() if n.startswith("stability_")}
+            on_test = seen, self._paired(made, "test", again).difference
         validation = {i: rows[i] for i in choice.chosen}
         return decide(
-            self.gate, str(self.config.gate), choice, controls, tests, self.waiver, self.basis, validation, looks
+            self.gate, str(self.config.gate), choice, controls, tests, self.waiver, self.basis, validation, looks,
+            subtract, on_test,
         )  # fmt: skip
 
-    def _paired(self, made: Made) -> Any:
-        """The SAEs as they were measured on the validation split, any two of which can be subtracted."""
+    def _measured_again(self, made: Made, chosen: Sequence[str], held: Collection[str]) -> list[Controls]:
+        """The chosen SAEs, and the nulls that they are held against, on the test split."""
+        found = []
+        for nulls, store, _, model in made.controlled:
+            own = nulls is made.controlled[0].nulls
+            only = [*(chosen if own else ()), *sorted(name for name in nulls.manifest["nulls"] if name in held)]
+            if only:
+                saes = made.saes if own else None
+                tested = self.evaluation("test", saes, store, made.tokens, model, nulls, only)
+                found.append(Controls(nulls, store, tested, model))
+        return found
+
+    def _paired(self, made: Made, split: str, measured: Sequence[Controls]) -> Any:
+        """SAEs and nulls as they were measured on a split, any two of which can be subtracted."""
         from raysae.evaluate.fidelity import Paired
 
-        e, names = self.config.evaluation, names_of(blocks_of(made.tokens, "validation"))
-        roots = [root for site in made.store.manifest["sites"] if (root := made.validation.path / site).is_dir()]
-        return Paired.read(roots, names, metrics_of(made.validation), e.bootstrap, e.confidence, self.config.seed)
+        e, names = self.config.evaluation, names_of(blocks_of(made.tokens, split))
+        seen = [c.measured for c in measured]
+        roots = [root for stage in seen for site in made.store.manifest["sites"] if (root := stage.path / site).is_dir()]
+        metrics = {i: m for stage in seen for i, m in metrics_of(stage).items()}
+        return Paired.read(roots, names, metrics, e.bootstrap, e.confidence, self.config.seed)
 
     def _about_lead(self, made: Made, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[tuple[str, Stage]]:
         """What is measured of the chosen SAE, or the closest, alone: stages, each with its folder of the run."""
@@ -247,14 +269,14 @@ class Flow(Evidence):
             for sae_id in table.loc[table["status"] == "completed", "sae_id"]:
                 link_or_copy(saes.path / "saes" / folder_name(sae_id, "sae_id"), folder / "saes" / sae_id)
                 write_json(folder / "saes" / sae_id / "metrics.json", metrics[sae_id])
-            for nulls, _, _ in made.controlled:
+            for nulls, _, _, _ in made.controlled:
                 if (nulls.path / "saes").is_dir():
                     link_or_copy(nulls.path / "saes", folder / "nulls")
             (folder / "tune").symlink_to(Path("..") / "stages" / saes.path.name / "tune")
             write_json(folder / "store.json", {k: store.manifest[k] for k in OF_THE_STORE})
             facts = {
                 name: {**found, "store": read.path.name}
-                for nulls, read, _ in made.controlled
+                for nulls, read, _, _ in made.controlled
                 for name, found in nulls.manifest["nulls"].items()
             }
             write_json(folder / "nulls.json", facts)
@@ -336,12 +358,12 @@ class Flow(Evidence):
         )
 
 
-def controls_of(controlled: Sequence[Controls]) -> dict[str, dict[str, Any]]:
-    """What was measured of each null that was made, and its facts."""
+def controls_of(controlled: Sequence[Controls], only: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """What was measured of each null that was made, or of some, and its facts."""
     found = {}
-    for nulls, _, seen in controlled:
+    for nulls, _, seen, _ in controlled:
         for name, facts in nulls.manifest["nulls"].items():
-            if facts["made"]:
+            if facts["made"] and (only is None or name in only):
                 measured = metrics_of(seen)[name]
                 # A linear code's directions that never fire can be left out of it: they are no width that was paid for.
                 dead = 0.0 if facts["kind"] in LINEAR else measured["never_fired_fraction"]

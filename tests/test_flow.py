@@ -394,7 +394,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "architecture": ({"sweep": {"architectures": ["linear"]}}, "sweep.architectures: 'linear' is not allowed"),
         "batch": ({"training": {"batch_size": 0}}, "training.batch_size"),
         "gate": ({"gate": str(tmp_path / "no.yaml")}, "gate"),
-        "null control": ({"gate": str(unmeasured)}, "evaluation.nulls: untrained lacks pca"),
+        "null control": ({"gate": str(unmeasured)}, "evaluation.nulls: untrained, random_encoder lacks pca"),
         "labels": (
             {"data": {"source": "text", "path": str(prose)}, "probes": {"labels": ["operation"]}},
             "probes.labels: none",

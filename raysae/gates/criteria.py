@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from raysae.config import NULLS, Section, read_yaml, validate
 from raysae.errors import UserError
 from raysae.evaluate.fidelity import RECOVERED
-from raysae.evaluate.nulls import ELSEWHERE
+from raysae.evaluate.nulls import ELSEWHERE, TRAINED
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 METRICS = (
@@ -73,6 +73,8 @@ class Criterion(Bound):
     must_beat: Annotated[str, Field(min_length=1)] | None = None
     """Kind of null (`evaluation.nulls`), such as `random_encoder`, that an SAE must also beat in this metric, clear by the
     interval of the difference: the null that was made beside it, or else the sparsest at its site that is no sparser."""
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """By how much, as a share of what the null lacks to be perfect: two random encoders differ too, by a few percent."""
     fallback: Bound | None = None
     """What is asked in its place, of the value or the interval and against the same null, where an SAE has no such metric,
     as CE recovered where ablation costs the model nothing."""
@@ -183,6 +185,7 @@ class Verdict:
     threshold: float
     confidence: str
     must_beat: str | None
+    margin: float
     mandatory: bool
     why: str
     value: float
@@ -334,6 +337,22 @@ def _rivals(
     return {i: m for i, m in (own or dense).items() if _number(m, "l0") == sparsest}
 
 
+def rivals(gate: Gate, metrics: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The controls that an SAE is held against: those made beside it, and those that `must_beat` is about."""
+    own = {i for i, m in controls.items() if beside(m) & beside(metrics)}
+    return own.union(*(_rivals(c.asked(metrics), metrics, controls) for c in gate.criteria if c.must_beat))
+
+
+def voids(null: str, metrics: Mapping[str, Any], chosen: Collection[str]) -> bool:
+    """Whether a null that passes the gate makes it void for the chosen SAEs: it is as near to one as a null can be made.
+
+    One that stands beside others, at another L0 or size, does not; nor does one of an untrained model, which was measured
+    on other activations. Those that train stand beside one SAE for all of their site.
+    """
+    kind = kind_of(null)
+    return kind != ELSEWHERE and (kind in TRAINED or not beside(metrics) - {null} or bool(beside(metrics) & {*chosen}))
+
+
 def _differences(
     c: Criterion, metrics: Mapping[str, Any], rivals: Collection[str], difference: Difference | None
 ) -> dict[str, Measured]:
@@ -442,15 +461,17 @@ def _misses_controls(
         asked = f"{c.metric} must beat that of an SAE of kind {c.must_beat}"
         return f"{asked}, but no such control was measured at its L0 or above"
     for name, rival in rivals.items():
-        mine, theirs, what = found.value, rival.value, " is not better than"
+        lead = c.margin * (abs(rival.value) if c.below else abs(1 - rival.value))  # 0, or 1, is perfect
+        by = f" by {lead:.2g}" if lead else ""
+        mine, theirs, what = found.value, rival.value, f" is not better{by} than"
         if name in apart:
             d = apart[name]
             mine, theirs = (d.high, 0.0) if c.below else (d.low, 0.0)
-            what = f" is not clearly better (by {d.value:.2g} [{d.low:.2g}, {d.high:.2g}], paired by group) than"
+            what = f" is not clearly better{by} (by {d.value:.2g} [{d.low:.2g}, {d.high:.2g}], paired by group) than"
         elif all(math.isfinite(end) for end in (*found, *rival)):
             mine, theirs = (found.high, rival.low) if c.below else (found.low, rival.high)
-            what = "'s interval does not clear"
-        if not (mine < theirs if c.below else mine > theirs):
+            what = f"'s interval does not clear{by}"
+        if not (mine < theirs - lead if c.below else mine > theirs + lead):
             return f"{c.metric} {found.value:.4g}{what} {rival.value:.4g} of {name}"
     return ""
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.gates import trade
-from raysae.gates.criteria import Difference, Gate, Verdict, apply, kind_of, passes
+from raysae.gates.criteria import Difference, Gate, Verdict, apply, kind_of, passes, voids
 from raysae.gates.trade import Candidate, Subtract
 from raysae.gates.waivers import Waiver
 from raysae.sweep.collect import CONFIGURATION
@@ -55,6 +55,10 @@ class Choice:
         return [s.chosen for s in self.sites.values() if s.chosen is not None]
 
 
+def _no_difference(a: str, b: str, of: Any) -> None:
+    """Where no two SAEs can be subtracted."""
+
+
 def pareto_front(table: pd.DataFrame) -> list[str]:
     """sae_ids that no other SAE of the same site beats in both FVU and L0, by rising L0. NaN rows are never on it."""
     front: list[str] = []
@@ -72,7 +76,7 @@ def choose(
     gate: Gate,
     controls: Mapping[str, Mapping[str, Any]] | None = None,
     waiver: Waiver | None = None,
-    subtract: Subtract = lambda a, b, of: None,
+    subtract: Subtract = _no_difference,
     sites: Sequence[str] = (),
 ) -> Choice:
     """Apply `gate` to each completed SAE of the table, and at each site rank those that pass by its `choose`.
@@ -195,14 +199,19 @@ def decide(
     basis: Mapping[str, Any] | None = None,
     validation: Mapping[str, Mapping[str, Any]] | None = None,
     looks: Mapping[str, Any] | None = None,
+    subtract: Subtract = _no_difference,
+    on_test: tuple[Mapping[str, Mapping[str, Any]], Subtract] | None = None,
 ) -> dict[str, Any]:
     """The content of decision.json.
 
-    controls: metrics of the nulls by id. A gate that lets one pass cannot tell an SAE from it and decides nothing. That
-    holds for PCA and ICA too, which may be good codes: a gate that they pass has not shown what the SAE is for, and one in
-    which a mandatory criterion says `must_beat: pca` they cannot pass. SAEs of an untrained model are the exception: they
-    were measured on other activations, perhaps easier ones, so that they pass says nothing against the SAE, only what the
-    gate does not show; the reason then says so.
+    controls: metrics of the nulls by id. A gate that lets one pass that was made beside the chosen SAE, at its L0, cannot
+    tell the SAE from it and decides nothing. That holds for PCA and ICA too, which may be good codes: a gate that they pass
+    has not shown what the SAE is for, and one in which a mandatory criterion says `must_beat: pca` they cannot pass. SAEs
+    of an untrained model are the exception: they were measured on other activations, perhaps easier ones, so that they pass
+    says nothing against the SAE, only what the gate does not show; the reason then says so.
+
+    subtract: as in `choose`, of the validation split. on_test: nulls as they were measured on the test split, where the
+    choices are held against them, and what subtracts there; the validation split's where there is none.
 
     tests, validation: the chosen SAEs' metrics on the two splits, by id. basis: the earlier run that this one builds on, as
     `read_basis` gives it. looks: how often the test rows were looked at, as `looks.look` gives it.
@@ -211,17 +220,23 @@ def decide(
     first site that is a go, else the first with a choice, else the one whose closest misses least.
     """
     waived = waiver.criteria if waiver else ()
+    apart = by_metric(subtract)
     controls_seen = {
-        i: {"metrics": dict(m), "passes_gate": passes(apply(gate, m, controls, waived))} for i, m in controls.items()
+        i: {"metrics": dict(m), "passes_gate": passes(apply(gate, m, controls, waived, apart))}
+        for i, m in controls.items()
     }
     passing = [i for i, seen in controls_seen.items() if seen["passes_gate"]]
-    void = [i for i in passing if kind_of(i) != ELSEWHERE]
+    test_controls, test_apart = (
+        (on_test[0], by_metric(on_test[1])) if on_test else (controls, by_metric(_no_difference))
+    )
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     choices, order = dict[str, dict[str, Any]](), dict[str, tuple]()
     for site, outcome in choice.sites.items():
         test = tests.get(outcome.chosen or "")
-        on_test = apply(gate, test, controls, waived) if test is not None else []
-        verdict, reason = _verdict(gate, gate_path, choice, outcome, void, test, on_test, waived)
+        again = apply(gate, test, test_controls, waived, test_apart) if test is not None else []
+        void = [i for i in passing if controls[i].get("site") in (None, site)]
+        void = [i for i in void if voids(i, controls[i], [outcome.chosen] if outcome.chosen else [])]
+        verdict, reason = _verdict(gate, gate_path, choice, outcome, void, test, again, waived)
         shown = outcome.chosen or outcome.closest
         choices[site] = {
             "verdict": verdict,
@@ -230,7 +245,7 @@ def decide(
             "closest": outcome.closest,
             **_defence(gate, outcome, (validation or {}).get(outcome.chosen or ""), test),
             "criteria": _records(choice.verdicts[shown], "validation", "table.parquet", now) if shown else [],
-            "test": {"metrics": dict(test), "criteria": _records(on_test, "test", "decision.json", now)}
+            "test": {"metrics": dict(test), "criteria": _records(again, "test", "decision.json", now)}
             if test is not None
             else None,
         }
@@ -244,8 +259,11 @@ def decide(
             [f"{main['verdict']} at {count} of {len(choices)} sites."]
             + [f"{site}: {c['verdict']}. {c['reason']}" for site, c in choices.items()]
         )
-    for name in (i for i in passing if i not in void):
-        reason += f" {name} passes the gate as well: nothing in it depends on what the model has learnt."
+    for name in (i for i in passing if not voids(i, controls[i], choice.chosen)):
+        if kind_of(name) == ELSEWHERE:
+            reason += f" {name} passes the gate as well: nothing in it depends on what the model has learnt."
+        else:
+            reason += f" The null {name} passes the gate as well, at an L0 or size that was not chosen."
     return {
         "verdict": main["verdict"],
         "reason": reason,
@@ -263,6 +281,7 @@ def decide(
         "criteria": main["criteria"],
         "test": main["test"],
         "controls": controls_seen,
+        "test_controls": {i: dict(m) for i, m in on_test[0].items()} if on_test else {},
         "pareto": choice.front,
         "rejected": choice.rejected,
         "decided_at": now,

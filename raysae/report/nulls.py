@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
-from raysae.gates.criteria import kind_of
+from raysae.gates.criteria import kind_of, voids
 from raysae.report.columns import cell
 from raysae.report.figures import records
 
@@ -27,6 +27,8 @@ IN_WORDS = {
 def groups(decision: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
     """Nulls by the SAE that they stand beside: its id, its own values, and a row per null, in the order of the table."""
     saes = {row["sae_id"]: row for row in records(table)}
+    choices = (decision.get("choices") or {"": decision}).values()
+    chosen = [choice["chosen"] for choice in choices if choice.get("chosen")]
     shown: dict[str | None, list[dict[str, Any]]] = {i: [] for i in saes}
     for name, control in (decision.get("controls") or {}).items():
         metrics = control["metrics"]
@@ -38,6 +40,7 @@ def groups(decision: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, A
             "cells": [cell(m, metrics) for m in METRICS],
             "passes": bool(control["passes_gate"]),
             "must_fail": kind != ELSEWHERE,
+            "voids": voids(name, metrics, chosen),
             "note": "" if metrics.get("converged", True) else "did not converge",
         }
         for sae_id in metrics.get("beside") or [None]:

@@ -93,7 +93,8 @@ def test_a_verdict_carries_its_value_interval_and_reason():
     (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": 0.25, "fvu_low": 0.2, "fvu_high": 0.3} | COUNTS)
     assert verdict.record() == {
         "phase": "toy", "criterion": "fvu is right", "metric": "fvu", "op": "<=", "threshold": 0.2, "confidence": "point",
-        "must_beat": None, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3, "n": 70, "n_groups": 7,
+        "must_beat": None, "margin": 0.0, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3,
+        "n": 70, "n_groups": 7,
         "baseline_value": None, "verdict": "fail", "reason": "fvu 0.25, must be <= 0.2", "instead_of": None,
     }  # fmt: skip
     assert verdict.shortfall == pytest.approx(0.25)
@@ -255,7 +256,7 @@ def test_a_gate_that_asks_for_a_null_that_is_not_measured_is_refused():
         ),
         (
             {"must_beat": "pcb", "mandatory": False},
-            ("evaluation.nulls", "must_beat must be one of untrained, permuted"),
+            ("evaluation.nulls", "must_beat must be one of untrained, random_encoder, permuted"),
         ),
     ):
         with pytest.raises(UserError) as raised:
@@ -308,6 +309,20 @@ def test_a_difference_by_group_decides_where_there_is_one():
     rival = {UNTRAINED: around("ce_loss_recovered", 0.8, 0.2)}
     found = [judged(upwards, more, rival, difference=paired(*ends)).verdict for ends in ((0.05, 0.15), (-0.01, 0.2))]
     assert found == ["pass", "fail"]
+
+
+def test_a_margin_is_a_share_of_what_the_null_lacks_to_be_perfect():
+    """Random encoders of two seeds differ by a few percent, and a paired interval is narrow enough to tell them apart."""
+    mine, rival = around("fvu", 0.19, 0.01) | {"sae_id": "a"}, {UNTRAINED: around("fvu", 0.2, 0.01)}
+    narrow = {"difference": lambda *_: (-0.01, -0.011, -0.009)}
+    assert judged(BEATS, mine, rival, **narrow).verdict == "pass"
+    verdict = judged(BEATS | {"margin": 0.1}, mine, rival, **narrow)
+    assert "not clearly better by 0.02 (by -0.01 [-0.011, -0.009], paired by group) than 0.2" in verdict.reason
+    assert judged(BEATS | {"margin": 0.1}, mine, rival, difference=lambda *_: (-0.03, -0.04, -0.021)).verdict == "pass"
+    upwards = {"metric": "ce_loss_recovered", "op": ">=", "threshold": 0.1, "must_beat": "untrained", "margin": 0.1}
+    rival = {UNTRAINED: around("ce_loss_recovered", 0.9, 0.0)}
+    found = [judged(upwards, around("ce_loss_recovered", v, 0.0), rival).verdict for v in (0.905, 0.909, 0.911)]
+    assert found == ["fail", "fail", "pass"]
 
 
 RECOVERED = {
@@ -380,7 +395,8 @@ def exact(**metrics):
 
 
 PERFECT = {
-    "fvu": 0.0, "explained_variance": 1.0, "dead_fraction": 0.0, "never_fired_fraction": 0.0, "dense_fraction": 0.0,
+    "fvu": 0.0, "fvu_without_top_norms": 0.0, "explained_variance": 1.0, "dead_fraction": 0.0,
+    "never_fired_fraction": 0.0, "dense_fraction": 0.0,
     "l2_ratio": 1.0, "cosine": 1.0, "ce_delta": 0.0, "ce_loss_recovered": 1.0, "ce_recovered_mean": 1.0, "kl": 0.0,
 }  # fmt: skip
 
@@ -391,8 +407,8 @@ def test_no_shipped_gate_lets_a_perfect_but_dense_sae_pass(path, d_sae):
     gate = load_gate(path)
 
     def passed(share):
-        metrics = exact(**PERFECT, l0=share * d_sae, d_sae=d_sae, expansion_factor=4.0)
-        return passes(apply(gate, metrics, {"control-untrained-relu-64-s": WORST}))
+        metrics = exact(**PERFECT, l0=share * d_sae, d_sae=d_sae, expansion_factor=4.0, effective_latents=d_sae)
+        return passes(apply(gate, metrics, {"control-random_encoder-topk-64-s": WORST}))
 
     assert passed(0.02), "or the next line says nothing"
     assert not any(passed(share) for share in (0.2, 0.51, 0.9, 1.0))
@@ -446,7 +462,7 @@ def test_no_shipped_gate_lets_an_untrained_sae_pass(path, architecture):
         f = sae.encode(x)
         sums.add(x, sae.decode(f), f)
         metrics = exact(**{**PERFECT, **sums.metrics()}, d_sae=128, expansion_factor=4.0)
-        assert not passes(apply(load_gate(path), metrics, {"control-untrained-relu-64-s": WORST}))
+        assert not passes(apply(load_gate(path), metrics, {"control-random_encoder-topk-64-s": WORST}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,6 +477,19 @@ def test_shipped_gates_load_and_say_why(path):
 
 def test_gates_are_shipped():
     assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_gate_asks_for_what_keeps_degenerate_saes_out(path):
+    criteria = {c.metric: c for c in load_gate(path).criteria if c.mandatory}
+    assert {"fvu", "fvu_without_top_norms", "l0_fraction", "l0_per_dim", "l0_effective", "dead_fraction"} <= {*criteria}
+    assert (criteria["fvu"].must_beat, criteria["fvu"].margin) == ("random_encoder", 0.1)
+    assert criteria["l0_per_dim"].threshold <= 0.25
+    recovered = criteria.get("ce_loss_recovered")
+    assert recovered is not None or path.stem == "phase1", "states of no language model"
+    if recovered is not None:
+        assert (recovered.must_beat, recovered.margin) == ("random_encoder", 0.1)
+        assert recovered.fallback.metric == "ce_delta"
 
 
 SPARSE = {"criterion": "sparse", "metric": "l0", "op": "<=", "threshold": 9, "why": "so"}
@@ -487,6 +516,8 @@ def written(tmp_path, text=None, sparse=SPARSE, **changes):
         ({"why": None}, ("criteria.0.why", "required")),
         ({"confidence": "95"}, ("criteria.0.confidence", "'95'", "'point' or 'interval'")),
         ({"must_beat": ""}, ("criteria.0.must_beat", "at least 1")),
+        ({"fallback": {"metric": "ce_dleta", "op": "<=", "threshold": 0.1}}, ("criteria.0.fallback.metric", "'ce_delta'")),
+        ({"fallback": "ce_delta"}, ("criteria.0.fallback", "'ce_delta'")),
         ({"criterion": "sparse"}, ("criteria must differ in their words", "sparse")),
         ({"text": "name: toy\ncriteria: []\n"}, ("criteria", "at least 1")),
         ({"text": "name: toy\n"}, ("criteria", "required")),

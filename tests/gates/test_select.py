@@ -421,6 +421,48 @@ def test_a_linear_code_cannot_pass_a_gate_that_asks_it_to_be_beaten():
     assert choose(table, gate, better).chosen == []
 
 
+def test_a_null_that_passes_beside_other_saes_is_said_and_voids_nothing():
+    """PCA with as many directions on as there are axes is faithful, and says nothing of an SAE at a tenth of its L0."""
+    name = "control-pca-8-k8-s"
+    for beside, void in ((["x"], False), (["x", "e"], True)):
+        decision = decided(controls={name: {"fvu": 0.1, "l0": 8.0, "site": "s", "beside": beside}})
+        assert ("void" in decision["reason"]) is void and (decision["verdict"] == "go") is not void
+        assert (
+            void
+            or f"The null {name} passes the gate as well, at an L0 or size that was not chosen" in decision["reason"]
+        )
+    trained = {"control-shuffled_rows-topk-8-s": {"fvu": 0.1, "l0": 8.0, "site": "s", "beside": ["x"]}}
+    assert "void" in decided(controls=trained)["reason"], "one stands for all of its site"
+
+
+def test_the_choice_is_held_against_its_nulls_on_the_split_that_it_is_measured_on():
+    fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
+    gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
+    name = "control-untrained-relu-64-s"
+    weak = {name: {"fvu": 0.29, "l0": 40.0, "site": "s", "beside": ["e"]}}
+    choice = choose(HAND, gate, weak)
+    (chosen,) = choice.chosen
+    tests = {chosen: GOOD | {"sae_id": chosen, "l0": 5.0, "site": "s", "fvu": 0.2}}
+
+    def paired(high):
+        return lambda one, other, of: (high - 0.1, high - 0.2, high) if (one, other) == (chosen, name) else None
+
+    def verdict(fvu, high):
+        on_test = {name: {**weak[name], "fvu": fvu}}, paired(high)
+        found = decide(gate, "gate.yaml", choice, weak, tests, on_test=on_test)
+        assert found["test_controls"][name]["fvu"] == fvu
+        return found["verdict"], found["reason"]
+
+    assert verdict(0.25, -0.01)[0] == "go"
+    said, reason = verdict(0.25, 0.01)
+    assert said == "no-go" and "not on the test split" in reason and "not clearly better" in reason
+    assert decide(gate, "gate.yaml", choice, weak, tests)["verdict"] == "go", "by value, against the validation split's"
+    strong = decide(
+        gate, "gate.yaml", choice, weak, tests, on_test=({name: {**weak[name], "fvu": 0.1}}, lambda *_: None)
+    )
+    assert strong["verdict"] == "no-go"
+
+
 def test_an_untrained_model_s_sae_that_passes_is_said_and_voids_nothing():
     name = "control-untrained_model-topk-64-s"
     decision = decided(controls={name: {"fvu": 0.01}})
