@@ -250,11 +250,11 @@ def collect(
 
 
 def effective_latents(firings: Tensor | None) -> float:
-    """How many latents that fire equally often would be as spread out as these [d_sae] counts: exp of the entropy of their
-    shares of all firings. Dead latents add nothing to it, and rare ones next to nothing."""
-    share = (torch.zeros(1) if firings is None else firings).double()
-    share = share[share > 0] / share.sum().clamp_min(1)
-    return math.exp(-(share * share.log()).sum().item()) if len(share) else 0.0
+    """How many latents that fire equally often would be as concentrated as these [d_sae] counts: (Σ n)² / Σ n², the inverse
+    participation ratio. Dead latents add nothing to it, and rare ones next to nothing, however many. L0 over it is the
+    share of rows on which the latent behind an average firing is on."""
+    counts = (torch.zeros(1) if firings is None else firings).double()
+    return float(counts.sum().square() / counts.square().sum().clamp_min(1e-30))
 
 
 def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:

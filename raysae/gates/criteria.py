@@ -30,7 +30,7 @@ SHARES = {
     "l0_effective": "of the latents in use",
 }
 """L0 by what it is a share of: d_in; d_sae without dead and never-used latents; the number of latents that are as spread
-out if they fire equally often, to which latents that hardly ever fire add next to nothing."""
+out if they fire equally often (`fidelity.effective_latents`), to which those that hardly ever fire add next to nothing."""
 SPARSITY = ("l0", *SHARES)
 AS_DENSE = 0.95
 """A null is compared with an SAE if its L0 is no lower, to so much: more latents on bring it nearer to the activations."""

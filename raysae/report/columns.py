@@ -49,12 +49,12 @@ COLUMNS = (
     Column(
         "l0_per_dim", "L0 / d_in", "share", "active latents per dimension of the activations; 1 is a change of basis"
     ),
-    Column("l0_effective", "L0 / latents in use", "share", "share of the effective latents that are active on a token"),
+    Column("l0_effective", "L0 / latents in use", "share", "share of tokens on which an average firing's latent is on"),
     Column(
         "effective_latents",
         "Effective latents",
         "short",
-        "latents that are as spread out if they fire equally often: exp of the entropy of their shares of all firings",
+        "latents that are as spread out if they fire equally often: (Σ n)² / Σ n² of how often each fires",
     ),
     Column(
         "ce_loss_recovered",

@@ -334,8 +334,11 @@ def test_effective_latents_count_those_that_share_the_firings():
     even = torch.tensor([50.0] * 16)
     assert fidelity.effective_latents(even) == pytest.approx(16)
     assert fidelity.effective_latents(torch.cat([even, torch.zeros(1000)])) == pytest.approx(16)  # dead
-    rare = torch.cat([even * 100, torch.ones(400)])
-    assert 16 < fidelity.effective_latents(rare) < 24  # 416 fire
+    rare = torch.cat([even * 100, torch.full((4000,), 5.0)])
+    assert 16 < fidelity.effective_latents(rare) < 28  # 4016 fire
+    density = torch.tensor([0.9, 0.5, 0.1, 0.0])
+    l0, behind_a_firing = density.sum(), (density * density).sum() / density.sum()
+    assert l0 / fidelity.effective_latents(density * 1000) == pytest.approx(behind_a_firing.item())
     assert fidelity.effective_latents(torch.zeros(5)) == fidelity.effective_latents(None) == 0
 
 
