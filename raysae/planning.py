@@ -25,6 +25,7 @@ from raysae.budget import spending
 from raysae.calibrate import HostWork, calibrate_training
 from raysae.cluster import at_once
 from raysae.config import SweepJob
+from raysae.evaluate.nulls import TRAINED
 from raysae.flow import Flow
 from raysae.models.embedded import trial_of_training
 from raysae.progress import say
@@ -78,9 +79,11 @@ def _plan(flow: Flow) -> Plan:
             ahead.append(capture_entry(work, rates, flow.cluster.capture(len(tokens.manifest["blocks"]))))
         if "sweep" not in have:
             ahead.append(sweep_entry(work, rates, trials))
+        beside = 1 + sum(kind not in TRAINED for kind in flow.config.evaluation.nulls)  # SAEs and their nulls, at most
         controls = {(site, k.architecture): (site, k) for site, k in sorted(work.points, key=lambda p: p[1].d_sae)}
+        shuffled = list(controls.values()) if "shuffled_rows" in flow.config.evaluation.nulls else []
         widest = max(work.points, key=lambda point: point[1].d_sae)
-        for split, measured in (("validation", [*work.points, *controls.values()]), ("test", [widest])):
+        for split, measured in (("validation", [*list(work.points) * beside, *shuffled]), ("test", [widest] * beside)):
             hosts = flow.cluster.capture(len(work.blocks[split]))
             ahead.append(evaluation_entry(work, rates, hosts, split, measured))
         ahead[0] = replace(ahead[0], seconds=ahead[0].seconds + rates.ray_start)
@@ -94,7 +97,7 @@ def _plan(flow: Flow) -> Plan:
 def left_out(config: SweepJob) -> tuple[str, ...]:
     """The stages after the measurement that the config asks for and no schedule projects."""
     e = config.evaluation
-    extra = [kind for kind in e.nulls if kind != "untrained"]
+    extra = [kind for kind in e.nulls if kind not in ("untrained", "random_encoder")]
     asked = {
         f"nulls ({', '.join(extra)})": bool(extra),
         "stability": len(config.sweep.seeds) > 1,
