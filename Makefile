@@ -26,6 +26,7 @@ bench: $(VENV)/.dev  ## every benchmark, each with a table
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/saelens_evals.py
 	$(BIN)/python benchmarks/evaluate_many.py
+	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/near_duplicates.py
 
 clean:  ## the environment and caches; results stay

@@ -141,6 +141,14 @@ def key_numbers(table: pd.DataFrame, decision: Mapping[str, Any]) -> list[dict[s
     return numbers
 
 
+def rests_on(entry: Mapping[str, Any]) -> str:
+    """What a criterion's metric rests on, and its groups where it has some."""
+    if not is_number(entry.get("n")):
+        return ""
+    groups = entry.get("n_groups")
+    return f"{entry['n']:,}" + (f" of {groups:,} groups" if is_number(groups) and groups else "")
+
+
 def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The gate's criteria as shown, with the test split's value beside the validation split's."""
     test = {entry["criterion"]: entry for entry in (decision.get("test") or {}).get("criteria") or ()}
@@ -157,7 +165,7 @@ def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "baseline": show(metric, entry.get("baseline_value")),
                 "value": show(metric, entry.get("value")),
                 "interval": interval(metric, entry.get("low"), entry.get("high")),
-                "n": f"{entry['n']:,}" if is_number(entry.get("n")) else "",
+                "n": rests_on(entry),
                 "mandatory": entry.get("mandatory", True),
                 "why": entry.get("why") or "",
                 "verdict": entry.get("verdict", ""),
