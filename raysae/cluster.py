@@ -212,7 +212,7 @@ def connect(config: ClusterConfig) -> Cluster:
             _ask_for_a_token()
             folder = _private_folder()
             try:
-                with _environment(config.pass_env):
+                with environment_of_workers(config.pass_env):
                     ray.init(
                         address="local",
                         num_cpus=config.num_cpus,
@@ -342,8 +342,8 @@ def needed(name: str, also: Sequence[str] = ()) -> bool:
 
 
 @contextlib.contextmanager
-def _environment(also: Sequence[str]) -> Iterator[None]:
-    """The environment as processes that start in the block shall see it: Ray hands it to every worker, and to its logs."""
+def environment_of_workers(also: Sequence[str] = ()) -> Iterator[None]:
+    """The environment as processes that start in the block shall see it. Ray's log holds what its libraries hand on."""
     hidden = {name: value for name, value in os.environ.items() if not needed(name, also)}
     for name in hidden:
         del os.environ[name]

@@ -28,7 +28,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysae.artifacts import fingerprint, write_json
-from raysae.cluster import Placement, device
+from raysae.cluster import Placement, device, environment_of_workers
 from raysae.progress import Progress, say
 from raysae.sae.architectures import COEFFICIENTS, SAEConfig
 from raysae.sae.losses import Losses
@@ -349,7 +349,8 @@ def run_sweep(
             verbose=1,
         ),
     )
-    with Progress("sweep", total, "SAE-tok") as SweepProgress.progress:
+    # Tune would hand AWS's secrets to trials, by way of Ray's log.
+    with Progress("sweep", total, "SAE-tok") as SweepProgress.progress, environment_of_workers():
         grid = tuner.fit()
     errors = {}
     for result in grid:
@@ -392,6 +393,16 @@ def _wandb(project: str, root: Path) -> Callback:
 
     class PerSAE(RunPerSAE, WandbLoggerCallback):
         """A run per SAE."""
+
+        def _start_logging_actor(self, *given: Any, **options: Any) -> None:
+            """Without the key where the actor has it anyway, in a cluster of ours: handed on, it stands in Ray's log."""
+            node = ray._private.worker._global_node
+            key = os.environ.pop("WANDB_API_KEY", None) if node is not None and node.is_head() else None
+            try:
+                super()._start_logging_actor(*given, **options)
+            finally:
+                if key is not None:
+                    os.environ["WANDB_API_KEY"] = key
 
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     os.environ["WANDB_MODE"] = mode  # asked for by the callback before it would ask for a key

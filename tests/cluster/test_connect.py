@@ -55,7 +55,7 @@ def test_workers_get_what_they_need_and_no_secrets():
         assert cluster.needed(name, also=[name])
     os.environ["A_SECRET"] = "x"
     try:
-        with cluster._environment(also=()):
+        with cluster.environment_of_workers():
             assert "A_SECRET" not in os.environ and os.environ["PATH"]
         assert os.environ["A_SECRET"] == "x"
     finally:

@@ -1,6 +1,7 @@
 """The Tune searcher without a cluster: what it hands out, what it tells Optuna, and how one that is begun anew goes on."""
 
 import copy
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -259,3 +260,38 @@ def test_the_table_has_a_row_for_each_sae_of_a_pack_that_it_dropped_too(tmp_path
     assert [row[0][-12:] for row in rows] == [m["sae_id"][-12:] for m in config["members"]]
     assert [row[-3:-1] for row in rows] == [["1000", "0.5"], ["2000", "0.25"], ["2000", "0.166667"]]
     assert [row[3] for row in rows] == [f"{m['config']['d_sae'] / 16:g}" for m in config["members"]]
+
+
+def test_no_secret_goes_through_rays_log_to_a_trial(monkeypatch, tmp_path):
+    from ray.tune.execution.class_cache import _ActorClassCache
+
+    handed = []
+
+    class Tuner:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self):
+            handed.append(_ActorClassCache().get(type("T", (), {}))._default_options["runtime_env"]["env_vars"])
+            return []
+
+    monkeypatch.setattr(on_ray, "Tuner", Tuner)
+    monkeypatch.setattr(on_ray.tune, "with_parameters", lambda trainable, **_: trainable)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "SECRET")
+    trial = SimpleNamespace(root=tmp_path, recipe=SimpleNamespace(steps=1, batch_size=1))
+    on_ray.run_sweep(search(), trial, on_ray.Placement(1, 1.0, 0.0, 1), 0, None, 0.0)
+    assert handed and "SECRET" not in handed[0].values()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_key_of_weights_and_biases_is_handed_on_only_to_another_cluster(ours, monkeypatch, tmp_path):
+    wandb = pytest.importorskip("ray.air.integrations.wandb")
+    seen = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setattr(on_ray.ray._private.worker, "_global_node", SimpleNamespace(is_head=lambda: ours))
+    start = lambda self, *_, **__: seen.append("WANDB_API_KEY" in os.environ)  # noqa: E731
+    monkeypatch.setattr(wandb.WandbLoggerCallback, "_start_logging_actor", start)
+    on_ray._wandb("project", tmp_path)._start_logging_actor(None, [])
+    assert seen == [not ours] and os.environ["WANDB_API_KEY"] == "k" * 40
