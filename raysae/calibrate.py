@@ -146,26 +146,23 @@ def calibrate_training(trial: Trial, members: Sequence[tuple[str, Member]]) -> l
         _train(trial, site, member, STEPS_AT_FIRST)  # maps the shards, warms the caches
         per_step = _train(trial, site, member, STEPS_AT_FIRST)[0] / STEPS_AT_FIRST
         steps = min(STEPS_AT_MOST, max(STEPS_AT_LEAST, int(share / max(per_step, 1e-9))))
-        training, start, rung, state = _train(trial, site, member, steps)
+        training, start, rung = _train(trial, site, member, steps)
         size = size_of(trial.root / "saes" / member.sae_id)
-        found.append(SAERates(training / steps, rung, start, 0.0, size, state))
+        found.append(SAERates(training / steps, rung, start, 0.0, size))
     return found
 
 
-def _train(trial: Trial, site: str, member: Member, steps: int) -> tuple[float, float, float, int]:
-    """(seconds in steps, before the first rung but not in steps, of a rung, bytes of the state) of a training with two
-    rungs, of which the first writes its state."""
+def _train(trial: Trial, site: str, member: Member, steps: int) -> tuple[float, float, float]:
+    """Seconds (in steps, before the first rung but not in steps, of a rung) of a training with two rungs, of which the
+    first writes its state."""
     marks: list[tuple[float, float]] = []  # when a rung was reported, and when it was done with
     trained: list[float] = []
-    state = 0
 
     def report(rung: Rung) -> list[str]:
-        nonlocal state
         reached = time.perf_counter()
         trained.append(rung.metrics[member.sae_id]["train_seconds"])
         if not rung.final:
             rung.save(trial.root / "state")
-            state = size_of(trial.root / "state")
         marks.append((reached, time.perf_counter()))
         return []
 
@@ -174,4 +171,4 @@ def _train(trial: Trial, site: str, member: Member, steps: int) -> tuple[float, 
     # Between two rungs lie the steps and the second's measuring; its writing is like the first's.
     measuring = max(marks[1][0] - marks[0][1] - (trained[1] - trained[0]), 0.0)
     rung = measuring + marks[0][1] - marks[0][0]
-    return trained[1], max(marks[0][0] - begun - trained[0] - measuring, 0.0), rung, state
+    return trained[1], max(marks[0][0] - begun - trained[0] - measuring, 0.0), rung

@@ -43,9 +43,7 @@ class SAERates:
     rows: float
     """Seconds per row of measuring its reconstruction."""
     size: float
-    """Bytes of the SAE on disk."""
-    state: float
-    """Bytes of its training state on disk."""
+    """Bytes of the SAE on disk. Its training state goes when it has ended."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ def sweep_entry(work: Work, rates: Rates, placement: Placement) -> Entry:
         cpu_seconds=sum(training) * placement.cpus,
         gpu_seconds=sum(training) * placement.gpus,
         tokens=len(members) * work.steps * work.batch_size,
-        bytes=round(sum(m.size + m.state for m in members)),
+        bytes=round(sum(m.size for m in members)),
     )
 
 

@@ -25,7 +25,7 @@ from raysae.schedule import (
 )
 
 NARROW, WIDE = Kind(8, "topk", 16), Kind(8, "topk", 64)
-ONE = SAERates(step=0.01, rung=0.5, start=1.0, rows=1e-5, size=1000, state=3000)
+ONE = SAERates(step=0.01, rung=0.5, start=1.0, rows=1e-5, size=1000)
 RATES = Rates(
     saes={NARROW: ONE, WIDE: replace(ONE, step=0.04, size=4000)}, ray_start=5.0, host_start=10.0, trial_start=3.0,
     capture=1e-3, columns=4.0, score_clean=1e-3, score_sae=2e-4, intervals=1e-3,
@@ -71,7 +71,7 @@ def test_the_sweep_counts_every_step_rung_and_start():
     trial = 1.0 + 100 * 0.01 + 4 * 0.5
     assert entry.seconds == pytest.approx(3 + 2 * trial) and entry.workers == 2
     assert entry.cpu_seconds == pytest.approx(4 * 100 * 0.01)  # as the ledger: training steps, not what lies between
-    assert entry.tokens == 4 * 100 * 50 and entry.bytes == 4 * 4000
+    assert entry.tokens == 4 * 100 * 50 and entry.bytes == 4 * 1000
 
 
 def test_packs_share_a_start_and_sites_share_no_pack():
