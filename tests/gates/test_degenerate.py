@@ -18,18 +18,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.artifacts import write_json
-from raysae.data.tokens import TokenBlock
+from raysae.data.sources import load_problems
+from raysae.data.splits import assign_splits
+from raysae.data.tokens import TokenBlock, read_block, tokenize
 from raysae.evaluate import nulls
 from raysae.evaluate.fidelity import Measurement, Paired, collect, measure_block
 from raysae.gates.criteria import apply, load_gate, passes
 from raysae.gates.select import by_metric
-from raysae.models.host import ModelHost
+from raysae.models.host import ModelHost, load_tokenizer
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.sae import SAE
-from raysae.sae.train import Recipe, untrained
-from raysae.sweep.trial import Trial, input_scale
+from raysae.sae.train import Member, Recipe, untrained
+from raysae.sweep.trial import Trial, input_scale, train_pack
 
 GATES = sorted((Path(__file__).parents[2] / "configs/gates").glob("*.yaml"))
 SITE, D, VOCAB, LENGTH = "blocks.0.resid_post", 32, 24, 14
@@ -239,3 +241,49 @@ def test_garbage_where_ablation_helps_is_asked_for_the_loss_that_it_adds(tmp_pat
     for gate, verdicts in found.items():
         assert verdicts["passes"][0] == "False" and "ce_loss_recovered" not in verdicts
         assert verdicts["fvu"][0] == "fail" and (gate == "phase1" or verdicts["ce_delta"][0] == "fail"), gate
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# And one that is not
+
+
+@pytest.mark.slow
+def test_a_good_sae_of_stories260k_passes_the_default_gate(shared, tmp_path):
+    """A TopK SAE that is trained for some seconds, through the same measurements and the same null."""
+    model = shared / "models/stories260K/hf"
+    stories = load_problems(
+        "text", str(shared / "data/tinystories_text/tiny_stories.txt"), text_separator=r"(?<!\n)\n(?!\n)", examples=900
+    )
+    problems = assign_splits(stories, 0.15, 0.1, 0.7, 0)
+    made = tokenize(problems, load_tokenizer(str(model)), 256, "problems", 30_000, 0, tmp_path / "tokens")
+    host = ModelHost.load(str(model))
+    settings = CaptureSettings(("blocks.2.resid_post",), "float32", 4096, 0)
+    blocks = [read_block(tmp_path / "tokens" / b["file"]) for b in made["blocks"]]
+    for block in blocks:
+        capture_block(host, block, tmp_path / "store", settings)
+    facts = finish(tmp_path / "store", made["blocks"], settings, host.fingerprint, 0.0)
+    write_json(tmp_path / "store/manifest.json", facts)
+    recipe = Recipe(800, 1024, 40, 160, 80, 100_000)
+    trial = Trial(tmp_path / "store", recipe, 1, 0, tmp_path / "sweep", {})
+    site = "blocks.2.resid_post"
+    config = SAEConfig("topk", 64, 512, k=14, seed=0)
+    train_pack(trial, site, [Member("it", config, 3e-3)], lambda rung: [])
+    sae = formats.load(tmp_path / "sweep/saes/it")
+    peer = nulls.Peer("it", site, sae, 14.0, 3e-3)
+    found = nulls.build(tmp_path / "sweep", ["random_encoder"], [peer], trial, Losses(), 0, lambda *_: None)
+    ids = tuple((i, tmp_path / "sweep/saes" / i) for i in ("it", *found))
+    names = [b.name for b in blocks if b.split == "validation"]
+    for block in blocks:
+        if block.name in names:
+            measure_block(host, block, Measurement(trial.store, site, ids, tmp_path / "found", 4096, 0.5))
+    metrics = collect(tmp_path / "found", names, Store(trial.store).mean(site), 300, 0.95, 0)
+    paired = Paired.read([tmp_path / "found"], names, metrics, 300, 0.95, 0)
+    size = {"site": site, "d_in": 64, "d_sae": 512, "sae_id": "it"}
+    row = {**metrics["it"], **size, "dead_fraction": metrics["it"]["never_fired_fraction"]}
+    controls = {name: {**metrics[name], **known, "sae_id": name} for name, known in found.items()}
+    gate = load_gate(next(path for path in GATES if path.stem == "default"))
+    verdicts = apply(gate, row, controls, (), by_metric(paired.difference))
+    assert passes(verdicts), [v.reason for v in verdicts if v.stops]
+    (null,) = controls
+    judged = apply(gate, {**controls[null], "dead_fraction": 0.0}, controls, (), by_metric(paired.difference))
+    assert not passes(judged)
