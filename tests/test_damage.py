@@ -166,10 +166,11 @@ def test_a_rerun_repairs_the_run_s_folder(run, again, nothing_starts, capsys):
     assert not (run.path / "notes").exists() and Run.open(run.path, verify=True).ledger["budget"]["tokens"]["limit"]
 
 
-def timeless(decision: dict[str, Any]) -> dict[str, Any]:
+def timeless(value: Any) -> Any:
     """A decision without the time at which it was taken."""
-    kept = {key: value for key, value in decision.items() if key != "decided_at"}
-    return {key: {i: timeless(v) for i, v in kept[key].items()} if key == "choices" else kept[key] for key in kept}
+    if isinstance(value, dict):
+        return {key: timeless(inner) for key, inner in value.items() if not key.endswith("_at")}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
