@@ -349,6 +349,7 @@ def run_sweep(
             verbose=1,
         ),
     )
+    SweepProgress.last.clear()  # of an earlier sweep in this process
     # Tune would hand AWS's secrets to trials, by way of Ray's log.
     with Progress("sweep", total, "SAE-tok") as SweepProgress.progress, environment_of_workers():
         grid = tuner.fit()
