@@ -15,9 +15,9 @@ random_sae      latents of the SAE as it was before training, from another seed
 untrained_model latents of an SAE of an untrained model, on the same tokens; where that null was measured, or a run is given
 
 Scores: macro-F1, balanced accuracy (chance is 1 / classes), AUROC (one against the rest, mean over classes and folds),
-each with an interval over groups. Selectivity = macro-F1 - that of the same probe on a control task: a label drawn at
-random for each word type (token id), as often as the true ones are, so that only a probe that learns words by heart solves
-it (Hewitt & Liang 2019, §2).
+each with a percentile interval over groups. Selectivity = macro-F1 - that of the same probe on a control task: a label
+drawn at random for each word type (token id), as often as the true ones are, so that only a probe that learns words by
+heart solves it (Hewitt & Liang 2019, §2).
 """
 
 from __future__ import annotations
