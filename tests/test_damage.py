@@ -125,9 +125,9 @@ def test_no_reader_takes_a_run_with_damage_in_it(run, tmp_path, nothing_starts):
     for file in files_of(run.path):
         for how in DAMAGE:
             with damaged(file, how):
-                with names(file):
-                    bundle([str(run.path), "--to", str(tmp_path / "run.tar.gz")])
-                if how == "a flipped bit":
+                if how == "a flipped bit":  # what sizes do not tell
+                    with names(file):
+                        bundle([str(run.path), "--to", str(tmp_path / "run.tar.gz")])
                     with names(file):
                         replicate([str(run.path), "--output", str(tmp_path / "again")])
                 if file.parent == run.path or how != "a flipped bit":  # deeper ones are not read by it
