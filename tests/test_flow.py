@@ -343,10 +343,11 @@ def test_the_untrained_model_s_sae_reads_that_model_and_becomes_the_probes_basel
 def test_other_nulls_train_no_sae_again_and_a_second_run_makes_none(controlled, nulls_job, tmp_path):
     again = job("--config", str(write_config(tmp_path / "c.yaml", nulls_job.model_dump(mode="json"))))
     assert again.returncode == 0 and "Ray:" not in again.stdout, again.stderr
-    fewer = nulls_job.model_copy(update={"evaluation": nulls_job.evaluation.model_copy(update={"nulls": ("pca",)})})
+    asked = nulls_job.evaluation.model_copy(update={"nulls": ("random_encoder", "pca")})
+    fewer = nulls_job.model_copy(update={"evaluation": asked})
     run = raysae.sweep(fewer.model_copy(update={"probes": raysae.config.ProbesConfig()}))
     assert run.path != controlled.path and sae_hashes(run.path) == sae_hashes(controlled.path)
-    assert {c["metrics"]["kind"] for c in run.decision["controls"].values()} == {"pca"}
+    assert {c["metrics"]["kind"] for c in run.decision["controls"].values()} == {"random_encoder", "pca"}
     assert not (run.path / "probes").exists() and 'id="probes"' not in run.report.read_text()
 
 
