@@ -68,3 +68,10 @@ def reseal(run: Path) -> None:
 def stage_of(output: Path, name: str) -> Path:
     (found,) = (output / "stages").glob(f"{name}-*")
     return found
+
+
+def timeless(value: Any) -> Any:
+    """A decision without the time at which it was taken."""
+    if isinstance(value, dict):
+        return {key: timeless(inner) for key, inner in value.items() if not key.endswith("_at")}
+    return [timeless(inner) for inner in value] if isinstance(value, list) else value

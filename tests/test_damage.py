@@ -10,11 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-from small import reseal, small_job, small_values, write_config
+from small import reseal, small_job, small_values, timeless, write_config
 
 import raysae
 from raysae import run_folder
@@ -164,13 +163,6 @@ def test_a_rerun_repairs_the_run_s_folder(run, again, nothing_starts, capsys):
     (run.path / "notes").unlink()
     again("--budget.tokens", "100000000")
     assert not (run.path / "notes").exists() and Run.open(run.path, verify=True).ledger["budget"]["tokens"]["limit"]
-
-
-def timeless(value: Any) -> Any:
-    """A decision without the time at which it was taken."""
-    if isinstance(value, dict):
-        return {key: timeless(inner) for key, inner in value.items() if not key.endswith("_at")}
-    return [timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

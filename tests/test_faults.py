@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from glob import glob
 from pathlib import Path
+from signal import SIGINT, SIGKILL, SIGTERM
 
+import pandas as pd
 import pytest
-from small import sae_hashes, small_job, small_values, stage_of, write_config
+from small import sae_hashes, small_job, small_values, stage_of, timeless, write_config
 
 import raysae
 from raysae.activations import capture
 from raysae.activations.store import Store
+from raysae.artifacts import Stage
 from raysae.errors import CaptureError
+from raysae.flow import Flow
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGER = {"tokens": 80_000, "rungs": 8}
@@ -68,7 +75,10 @@ def sweep_while_killing(find_pid: Callable[[], int | None], model: Path, output:
 def same(run: raysae.Run, undisturbed: raysae.Run) -> None:
     assert rows_of(run.path.parent) == rows_of(undisturbed.path.parent)
     assert sae_hashes(run.path) == sae_hashes(undisturbed.path)
-    assert list(run.table["fvu"]) == list(undisturbed.table["fvu"])
+    timed = ["train_seconds"]
+    pd.testing.assert_frame_equal(run.table.drop(columns=timed), undisturbed.table.drop(columns=timed), check_exact=True)
+    pd.testing.assert_frame_equal(run.curves, undisturbed.curves, check_exact=True)
+    assert timeless(run.decision) == timeless(undisturbed.decision)
 
 
 def test_a_killed_capture_actor(ray_cluster, undisturbed, arithmetic_model, tmp_path):
@@ -96,36 +106,149 @@ def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path):
     same(sweep_while_killing(trial, arithmetic_model, tmp_path), undisturbed)
 
 
-def start_job(config: Path) -> subprocess.Popen:
-    log = config.with_suffix(".log").open("a")
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "sweep_sae.py"), "--config", str(config)],
-        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals
+
+MOMENTS = {
+    "the records are made": (SIGKILL, "there", "stages/records-*"),
+    "the tokens are named as made": (SIGTERM, "renamed", "stages/tokens-*/manifest.json"),
+    "a host begins with a block": (SIGINT, "there", "stages/store-*/attempts/train-*"),
+    "a shard is there": (SIGKILL, "there", "stages/store-*/shards/*.json"),
+    "the store is named as made": (SIGKILL, "renamed", "stages/store-*/manifest.json"),
+    "Tune has its tuner and no experiment": (SIGKILL, "there", "stages/sweep-*/tune/tuner.pkl"),
+    "no SAE is done": (SIGINT, "there", "stages/sweep-*/state/*/0*"),
+    "SAEs train": (SIGTERM, "there", "stages/sweep-*/state/*/0*"),
+    "half of Tune's files are written": (SIGKILL, "there", "stages/sweep-*/state/*/0*"),
+    "an SAE is done": (SIGINT, "there", "stages/sweep-*/saes/*"),
+    "the sweep is named as made": (SIGKILL, "renamed", "stages/sweep-*/manifest.json"),
+    "a block is measured": (SIGTERM, "there", "stages/evaluation-*/*/*.json"),
+    "the ledger is written": (SIGINT, "renamed", "*/ledger.json"),
+    "the decision is written": (SIGKILL, "renamed", "*/decision.json"),
+    "the run gets its name": (SIGKILL, "renamed", "model*-arithmetic-*"),
+}
+"""In the order of a run, each: a signal, and at which file. One folder of results goes through all of them."""
+OF_ITS_OWN = ("an SAE is done", "a block is measured")
+"""Moments of a job that was started as a user starts it, with a Ray cluster of its own; a terminal signals its group."""
+SAID = "interrupted; the same command goes on from here"
+
+
+@pytest.fixture(scope="module")
+def forked(ray_cluster) -> Iterator[subprocess.Popen]:
+    """A process that forks jobs, which join the session's cluster: see `forked_jobs.py`."""
+    import ray
+
+    env = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forked_jobs.py"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
+    yield server
+    assert server.stdin is not None
+    server.stdin.close()
+    server.wait(timeout=60)
 
 
-@pytest.mark.timeout(900)
-def test_a_killed_driver(undisturbed, arithmetic_model, tmp_path):
-    """Killed in the capture, killed again in the sweep, then left alone."""
+def fork_job(server: subprocess.Popen, config: Path, log: Path, trap: tuple[int, str, str]) -> int:
+    """The exit status of a job that gets its trap's signal; negative where the signal ended it."""
+    print(json.dumps({"config": str(config), "log": str(log), "trap": trap}), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())["status"]
+
+
+def command_signalled(config: Path, log: Path, number: int, sign: str) -> int:
+    """The exit status of the command itself, whose process group gets the signal; nothing that it started lives on."""
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    before = set(glob(sign))
+    with log.open("a") as file:
+        job = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / "sweep_sae.py"), "--config", str(config)],
+            stdout=file, stderr=file, start_new_session=True, env=env,
+        )  # fmt: skip
+    wait_for(lambda: set(glob(sign)) - before or job.poll() is not None, seconds=400)
+    os.killpg(job.pid, number)
+    status = job.wait(timeout=200)
+
+    def left() -> list[int]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.getsid(int(process.name)) == job.pid:
+                    found.append(int(process.name))
+        return found
+
+    wait_for(lambda: not left())
+    return status
+
+
+def halve(*files: Path) -> None:
+    for file in files:
+        with suppress(FileNotFoundError):  # a trial outlives its killed driver by a moment
+            content = file.read_bytes()
+            file.write_bytes(content[: len(content) // 2])
+
+
+def damage(moment: str, sweep: Path) -> None:
+    """Leave half of what a kill at this moment, or a power cut, may leave half."""
+    if moment == "half of Tune's files are written":  # and of the packs' state, and of lines of history
+        halve(*(file for file in (sweep / "tune").glob("*.*") if file.is_file()))
+        halve(*sweep.glob("state/*/*/*"), *sweep.glob("history/*.jsonl"))
+    if moment == "an SAE is done":
+        halve(next(sweep.glob("saes/*/sae_weights.safetensors")))
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_goes_on_from_every_moment_to_the_same_bits(ray_cluster, forked, undisturbed, arithmetic_model, tmp_path):
     output = tmp_path / "results"
     config = write_config(tmp_path / "job.yaml", small_values(arithmetic_model, output, training=LONGER))
-    captured, trained = "stages/store-*/shards/*.json", "stages/sweep-*/history/*.jsonl"
-    shards: dict[Path, int] = {}
-    for sign in (captured, trained):
-        driver = start_job(config)
-        try:
-            wait_for(lambda sign=sign, driver=driver: list(output.glob(sign)) or driver.poll() is not None)
-            assert driver.poll() is None, config.with_suffix(".log").read_text()
-        finally:
-            driver.kill()
-            driver.wait()
-        shards = {file: file.stat().st_mtime_ns for file in output.glob(captured)} | shards
-    assert not list(output.glob("*/decision.json"))
-    driver = start_job(config)
-    assert driver.wait(timeout=400) == 0, config.with_suffix(".log").read_text()
-    assert all(file.stat().st_mtime_ns == made for file, made in shards.items())  # not captured again
-    (directory,) = {file.parent for file in output.glob("*/decision.json")}
-    same(raysae.Run.open(directory), undisturbed)
+    for i, (moment, (number, when, pattern)) in enumerate(MOMENTS.items()):
+        log, sign = tmp_path / f"{i}.log", f"{output}/{pattern}"
+        if moment in OF_ITS_OWN:
+            status = command_signalled(config, log, number, sign)
+        else:
+            status = fork_job(forked, config, log, (number, when, sign))
+        said = f"{moment}: {log.read_text()}"
+        assert status == (-number if number == SIGKILL else 128 + number), said
+        if number != SIGKILL:
+            assert said.splitlines()[-1] == SAID and "Traceback" not in said and "SIGABRT" not in said, said
+        assert not list(output.glob("[!.]*/decision.json")), said
+        if moment == "Tune has its tuner and no experiment":
+            assert not list(output.glob("stages/sweep-*/tune/experiment_state*"))
+        for sweep in output.glob("stages/sweep-*"):
+            damage(moment, sweep)
+    run = raysae.sweep(small_job(arithmetic_model, output, training=LONGER))
+    same(run, undisturbed)
+    assert run.path.name == undisturbed.path.name
+    assert not list(run.path.parent.glob("stages/sweep-*/state/*/*"))
+
+
+def test_an_sae_that_failed_for_good_is_tried_again_by_the_next_run(ray_cluster, undisturbed, arithmetic_model, tmp_path):
+    shutil.copytree(undisturbed.path.parent / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns(".locks"))
+    folder, failing = stage_of(tmp_path, "sweep"), "003-topk-x4-k4-s0"
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "saes" / failing)
+    (folder / "state").write_text("where its state would go")
+    config = small_job(arithmetic_model, tmp_path, training=LONGER, cluster={"max_restarts": 0})
+
+    def swept() -> tuple[Stage, set[str], str]:
+        flow = Flow(config)
+        tokens = flow.prepare().tokens
+        made = flow.saes(flow.store(tokens, flow.model()), tokens)
+        table = pd.read_parquet(made.path / "table.parquet").set_index("sae_id")["status"]
+        return made, set(table[table == "completed"].index), table[failing]
+
+    done = {sae_id for sae_id in undisturbed.saes if sae_id != failing}
+    for _ in range(2):  # it is tried by every run, once each
+        made, completed, status = swept()
+        assert completed == done and status == "error" and not made.reused
+        assert list(made.manifest["failed"]) == [failing] and made.key != made.path.name
+    (folder / "state").unlink()
+    made, completed, status = swept()
+    assert completed == done | {failing} and not made.manifest["failed"] and made.key == made.path.name
+    assert swept()[0].reused
+    assert sae_hashes(made.path) == sae_hashes(undisturbed.path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nodes and blocks
 
 
 @pytest.mark.timeout(900)
