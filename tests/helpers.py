@@ -98,7 +98,7 @@ def tiny_store(
         pq.write_table(table, files["rows"])
         sha256 = {str(file.relative_to(root)): sha256_of(file) for file in files.values()}
         listed.append({"name": name, "split": split, "rows": n, "sha256": sha256})
-    train = torch.cat([x for split, x in shards if split == "train"]).double()
+    train = torch.cat([x for split, x in shards if split == "train"] or [x for _, x in shards]).double()
     facts = {
         "d_model": train.shape[1],
         "mean": train.mean(0).tolist(),

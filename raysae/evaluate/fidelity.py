@@ -93,7 +93,7 @@ def done(root: Path, name: str) -> bool:
 
 
 class Usual(NamedTuple):
-    """Which rows of a site are of usual norm, by its training rows: those within `limit` of `centre`."""
+    """Which rows of a site are of usual norm: those within `limit` of `centre`."""
 
     centre: Tensor
     """Median of each dimension [d_in], which rows of huge norm do not move; norms are taken about it."""
@@ -108,8 +108,9 @@ class Usual(NamedTuple):
 
 @lru_cache(maxsize=64)
 def usual_rows(store: Path, site: str) -> Usual:
-    """By up to NORM_ROWS training rows of a store's site."""
-    x = Store(store).head(site, "train", NORM_ROWS).float()
+    """By up to NORM_ROWS training rows of a store's site; of its test rows where all of it is held out."""
+    opened = Store(store)
+    x = opened.head(site, "train" if opened.rows("train") else "test", NORM_ROWS).float()
     centre = x.median(0).values
     norm = (x - centre).norm(dim=1).double()
     middle = norm.median()

@@ -328,6 +328,8 @@ def test_norms_of_ordinary_rows_are_usual(tmp_path):
     for i, rows in enumerate((unit, wide, x + 50, same)):
         store = tiny_store(tmp_path / str(i), [("train", rows)], SITE)
         assert fidelity.usual_rows(store.path, SITE).of(rows).all(), i
+    held_out = tiny_store(tmp_path / "held_out", [("test", unit)], SITE)  # a dataset to transfer to has no training rows
+    assert fidelity.usual_rows(held_out.path, SITE).of(unit).all()
 
 
 def test_effective_latents_count_those_that_share_the_firings():
