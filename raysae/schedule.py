@@ -154,6 +154,10 @@ def capture_entry(work: Work, rates: Rates, placement: Placement) -> Entry:
     return _mapped("store", each, rates.host_start, placement, rows, size)
 
 
+TUNE_BYTES = 50_000
+"""What Tune writes of an SAE: its reports as tables and events, and its part of the experiment's state."""
+
+
 def sweep_entry(work: Work, rates: Rates, placement: Placement) -> Entry:
     """Trials of packs, one after another on each worker; a member costs in a pack what it costs alone."""
     sites: dict[str, list[SAERates]] = {}
@@ -176,7 +180,7 @@ def sweep_entry(work: Work, rates: Rates, placement: Placement) -> Entry:
         cpu_seconds=sum(training) * placement.cpus,
         gpu_seconds=sum(training) * placement.gpus,
         tokens=len(members) * work.steps * work.batch_size,
-        bytes=round(sum(m.size for m in members)),
+        bytes=round(sum(m.size + TUNE_BYTES for m in members)),
     )
 
 

@@ -9,6 +9,7 @@ from raysae.cluster import Placement
 from raysae.config import SweepJob, validate
 from raysae.planning import Plan, left_out
 from raysae.schedule import (
+    TUNE_BYTES,
     Entry,
     Kind,
     Rates,
@@ -71,7 +72,7 @@ def test_the_sweep_counts_every_step_rung_and_start():
     trial = 1.0 + 100 * 0.01 + 4 * 0.5
     assert entry.seconds == pytest.approx(3 + 2 * trial) and entry.workers == 2
     assert entry.cpu_seconds == pytest.approx(4 * 100 * 0.01)  # as the ledger: training steps, not what lies between
-    assert entry.tokens == 4 * 100 * 50 and entry.bytes == 4 * 1000
+    assert entry.tokens == 4 * 100 * 50 and entry.bytes == 4 * (1000 + TUNE_BYTES)
 
 
 def test_packs_share_a_start_and_sites_share_no_pack():
