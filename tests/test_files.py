@@ -97,6 +97,14 @@ def test_json_holds_no_nan(tmp_path):
     assert found == {"a": None, "b": [None, 3], "c": [1.0, None], "d": "p"}
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renames twice")
+def test_two_folders_change_places_in_one_step(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name / name).mkdir(parents=True)
+    assert files._exchange(tmp_path / "one", tmp_path / "other")
+    assert (tmp_path / "one" / "other").is_dir() and (tmp_path / "other" / "one").is_dir()
+
+
 @pytest.mark.parametrize("how", ["exchange", "rename"])
 def test_a_folder_is_replaced_as_one_whole(tmp_path, monkeypatch, how):
     if how == "rename":
