@@ -267,9 +267,10 @@ class Stages:
             trial = self._trial(path, store, tokens)
             prune = s.prune.margin if s.prune.enabled and not self.replay else None
             grace = max(s.prune.grace_fraction, t.sparsity_warmup_fraction, t.warmup_fraction)
+            packed = f"in packs of {together}, " if together > 1 else ""
             say(
-                f"sweep: {len(plan) * len(s.seeds)} SAEs of {tokens_each:,} tokens each, "
-                f"in packs of {together}, {placement.workers} packs at once; watch: tensorboard --logdir {path / 'tune'}"
+                f"sweep: {len(plan) * len(s.seeds)} SAEs of {tokens_each:,} tokens each, {packed}"
+                f"{placement.workers} at once; watch: tensorboard --logdir {path / 'tune'}"
             )
             errors = run_sweep(
                 search, trial, placement, self.config.cluster.max_restarts, prune,

@@ -141,12 +141,11 @@ def key_numbers(table: pd.DataFrame, decision: Mapping[str, Any]) -> list[dict[s
     return numbers
 
 
-def rests_on(entry: Mapping[str, Any]) -> str:
+def rests_on(entry: Mapping[str, Any]) -> dict[str, str]:
     """What a criterion's metric rests on, and its groups where it has some."""
-    if not is_number(entry.get("n")):
-        return ""
-    groups = entry.get("n_groups")
-    return f"{entry['n']:,}" + (f" of {groups:,} groups" if is_number(groups) and groups else "")
+    n, groups = entry.get("n"), entry.get("n_groups")
+    has_groups = is_number(groups) and groups
+    return {"n": f"{n:,}" if is_number(n) else "", "groups": f"{groups:,} groups" if has_groups else ""}
 
 
 def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -165,7 +164,7 @@ def criteria(decision: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "baseline": show(metric, entry.get("baseline_value")),
                 "value": show(metric, entry.get("value")),
                 "interval": interval(metric, entry.get("low"), entry.get("high")),
-                "n": rests_on(entry),
+                **rests_on(entry),
                 "mandatory": entry.get("mandatory", True),
                 "why": entry.get("why") or "",
                 "verdict": entry.get("verdict", ""),
