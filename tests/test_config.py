@@ -265,7 +265,7 @@ def test_nulls_are_kinds_in_one_order_and_all_is_every_kind():
     def nulls(given):
         return load_config(SweepJob, ["--evaluation.nulls", given]).evaluation.nulls
 
-    assert load_config(SweepJob, []).evaluation.nulls == ("untrained",)
+    assert load_config(SweepJob, []).evaluation.nulls == ("untrained", "random_encoder")
     assert nulls("all") == nulls("pca,all") == NULLS
     assert nulls("[pca,untrained,pca]") == ("untrained", "pca")
     for given, words in (("pcb", "evaluation.nulls.0: 'pcb' is not allowed"), ("[]", "evaluation.nulls")):

@@ -15,7 +15,7 @@ from raysae.artifacts import read_json, write_json
 from raysae.bundle import bundle
 from raysae.config import dump_yaml
 from raysae.errors import UserError
-from raysae.files import read_sealed, write_sealed
+from raysae.files import plain, read_sealed, write_sealed
 from raysae.flow import Flow
 from raysae.planning import plan, to_time
 from raysae.replicate import compare, differences, in_words, replicate
@@ -72,7 +72,7 @@ def test_a_searched_run_replicates_to_the_bit(run, copy):
     again = raysae.Run.open(found["replicated"])
     row = again.table.set_index("sae_id").loc[pruned.table["sae_id"][0]]
     assert (row["status"], row["status_reason"], row["tokens"]) == ("pruned", "dominated", rung["tokens"])
-    assert read_json(copy.path / "replication.json") == json.loads(json.dumps(found))
+    assert read_json(copy.path / "replication.json") == plain(found)
     assert found["environment"] == {} and found["expected_identical"]
     same = {check["check"]: check["same"] for check in found["checks"]}
     assert all(same.values()), same
