@@ -268,6 +268,9 @@ def test_several_sites_come_from_one_capture(ray_cluster, arithmetic_model, tmp_
     )
     assert sorted(two.table["site"]) == sites
     assert sorted(two.table["d_in"]) == [32, 128]
+    leads = {site: choice["chosen"] or choice["closest"] for site, choice in two.decision["choices"].items()}
+    assert sorted(leads) == sites and all(two.site(sae_id) == site for site, sae_id in leads.items())
+    assert all((two.path / "saes" / sae_id / "features" / "cards.jsonl").is_file() for sae_id in leads.values())
 
 
 @pytest.fixture(scope="module")
