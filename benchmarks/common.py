@@ -33,7 +33,7 @@ for _name, _value in {
 import torch
 from safetensors.torch import save_file
 
-from raysae.artifacts import write_json
+from raysae.files import write_json
 
 
 @dataclass(frozen=True)

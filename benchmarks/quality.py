@@ -44,7 +44,7 @@ import torch
 from peers import Spec
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json, write_json
+from raysae.files import read_json, write_json
 from raysae.sae.metrics import RowSums
 from raysae.sweep.space import recipe
 from raysae.sweep.trial import input_scale

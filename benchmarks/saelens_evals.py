@@ -49,9 +49,9 @@ import quality
 import torch
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json, write_json
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate.fidelity import Measurement, collect, measure_block
+from raysae.files import read_json, write_json
 from raysae.models import host as edits
 from raysae.models.foreign import saelens_hooks
 from raysae.models.host import ModelHost

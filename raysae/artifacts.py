@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -36,10 +35,6 @@ from raysae.files import (
     umask,
     write_sealed,
 )
-from raysae.files import read_json_if as read_json_if
-from raysae.files import sha256_of as sha256_of
-from raysae.files import write_atomic as write_atomic
-from raysae.files import write_json as write_json
 
 MANIFEST = "manifest.json"
 LAYOUT = 2
@@ -163,12 +158,6 @@ def lock_of(root: Path, name: str) -> FileLock:
 def size_of(path: Path) -> int:
     """Bytes of all files below `path`."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
-
-
-def cpu_seconds() -> float:
-    """CPU seconds that this process has used so far, all threads."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def link_or_copy(source: Path, target: Path) -> None:

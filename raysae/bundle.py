@@ -14,9 +14,9 @@ import json
 import tarfile
 from pathlib import Path
 
-from raysae.artifacts import MANIFEST, read_manifest, sha256_of, write_atomic
+from raysae.artifacts import MANIFEST, read_manifest
 from raysae.errors import UserError
-from raysae.files import is_temporary, remove_dead
+from raysae.files import is_temporary, remove_dead, sha256_of, write_atomic
 from raysae.run import Run
 from raysae.sae.formats.saelens import WEIGHTS
 from raysae.seal import check

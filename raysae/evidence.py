@@ -9,12 +9,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from raysae.artifacts import Stage, write_json
+from raysae.artifacts import Stage
 from raysae.data.records import read_records
 from raysae.data.tokens import tokenize
 from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
-from raysae.files import read_table
+from raysae.files import read_table, write_json
 from raysae.models.host import save_with_random_weights
 from raysae.progress import say
 from raysae.stages import Stages, blocks_of, metrics_of, names_of, of_driver

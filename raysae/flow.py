@@ -15,16 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from raysae import run_folder
-from raysae.artifacts import (
-    MANIFEST,
-    NotMade,
-    Stage,
-    fingerprint,
-    link_or_copy,
-    read_json,
-    write_atomic,
-    write_json,
-)
+from raysae.artifacts import MANIFEST, NotMade, Stage, fingerprint, link_or_copy
 from raysae.budget import ITEMS, refuse_overspending, spending
 from raysae.config import SweepJob, dump_yaml
 from raysae.environment import environment
@@ -32,7 +23,7 @@ from raysae.errors import Damaged, UserError
 from raysae.evaluate.nulls import ELSEWHERE, LINEAR
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.evidence import Controls, Evidence
-from raysae.files import folder_name, is_temporary, read_table, remove_dead
+from raysae.files import folder_name, is_temporary, read_json, read_table, remove_dead, write_atomic, write_json
 from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes, rivals
 from raysae.gates.select import choose, decide, split_of
 from raysae.gates.waivers import load_waiver, read_basis

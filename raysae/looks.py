@@ -10,8 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from raysae.artifacts import fingerprint, lock_of, read_json, write_json
+from raysae.artifacts import fingerprint, lock_of
 from raysae.errors import Damaged
+from raysae.files import read_json, write_json
 
 
 def look(root: Path, records: str, by: str, run: str, what: Any) -> dict[str, Any]:

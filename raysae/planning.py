@@ -20,12 +20,13 @@ import torch
 
 from raysae.activations.capture import CaptureSettings
 from raysae.activations.store import Store
-from raysae.artifacts import Stage, read_json, size_of
+from raysae.artifacts import Stage, size_of
 from raysae.budget import spending
 from raysae.calibrate import HostWork, calibrate_training
 from raysae.cluster import at_once
 from raysae.config import SweepJob
 from raysae.evaluate.nulls import TRAINED
+from raysae.files import read_json
 from raysae.flow import Flow
 from raysae.models.embedded import trial_of_training
 from raysae.progress import say

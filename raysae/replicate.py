@@ -20,9 +20,10 @@ from typing import Any
 import pandas as pd
 
 from raysae import run_folder
-from raysae.artifacts import read_json, read_manifest, sha256_of, write_json
+from raysae.artifacts import read_manifest
 from raysae.config import SweepJob, validate
 from raysae.errors import UserError
+from raysae.files import read_json, sha256_of, write_json
 from raysae.flow import MADE_FROM, Flow
 from raysae.progress import say
 from raysae.run import Run

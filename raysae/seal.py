@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raysae.artifacts import fingerprint, read_json
+from raysae.artifacts import fingerprint
 from raysae.errors import Damaged
-from raysae.files import compare, contents, read_sealed, write_sealed
+from raysae.files import compare, contents, read_json, read_sealed, write_sealed
 
 SEAL = "seal.json"
 IDENTITY = "identity.json"

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
-from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, sha256_of, stage, write_atomic, write_json
+from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, stage
 from raysae.cluster import Cluster, Placement, connect, disconnect, output_root, pack_size
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
@@ -29,7 +29,7 @@ from raysae.data.sources import GSM8K_HUB, LeftOut, load_problems
 from raysae.data.splits import divide, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
-from raysae.files import read_table
+from raysae.files import read_table, sha256_of, write_atomic, write_json
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
 from raysae.models.foreign import saelens_hooks
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysae.activations.store import SCHEMA_VERSION, Store
-from raysae.artifacts import sha256_of, write_json
 from raysae.data.tokens import TokenBlock
+from raysae.files import sha256_of, write_json
 from raysae.models.host import ModelHost
 
 VOCAB, D_MODEL, BLOCKS = 23, 8, 2

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from raysae.artifacts import fingerprint, read_json_if
+from raysae.artifacts import fingerprint
 from raysae.config import SweepJob
-from raysae.files import read_sealed
+from raysae.files import read_json_if, read_sealed
 from raysae.seal import SEAL, seal
 
 GATE = Path(__file__).resolve().parents[1] / "configs" / "gates" / "default.yaml"

@@ -8,18 +8,8 @@ from pathlib import Path
 import pytest
 
 from raysae import artifacts, files
-from raysae.artifacts import (
-    canonical,
-    fingerprint,
-    link_or_copy,
-    read_json,
-    sha256_of,
-    size_of,
-    stage,
-    write_atomic,
-    write_json,
-)
-from raysae.files import read_sealed
+from raysae.artifacts import fingerprint, link_or_copy, size_of, stage
+from raysae.files import canonical, read_json, read_sealed, sha256_of, write_atomic, write_json
 
 
 def test_a_finished_stage_is_not_built_again(tmp_path):

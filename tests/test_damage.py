@@ -17,9 +17,9 @@ from small import reseal, small_job, small_values, timeless, write_config
 
 import raysae
 from raysae import run_folder
-from raysae.artifacts import Stage, fingerprint, read_json, write_json
+from raysae.artifacts import Stage, fingerprint
 from raysae.errors import Damaged, UserError
-from raysae.files import read_sealed, write_sealed
+from raysae.files import read_json, read_sealed, write_json, write_sealed
 from raysae.flow import Flow
 from raysae.report import write_report
 from raysae.run import Run

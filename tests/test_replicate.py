@@ -11,11 +11,10 @@ import pytest
 from small import reseal, sae_hashes, small_job, small_values
 
 import raysae
-from raysae.artifacts import read_json, write_json
 from raysae.bundle import bundle
 from raysae.config import dump_yaml
 from raysae.errors import UserError
-from raysae.files import plain, read_sealed, write_sealed
+from raysae.files import plain, read_json, read_sealed, write_json, write_sealed
 from raysae.flow import Flow
 from raysae.planning import plan, to_time
 from raysae.replicate import compare, differences, in_words, replicate

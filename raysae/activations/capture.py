@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysae.activations.store import SCHEMA_VERSION
-from raysae.artifacts import read_json, sha256_of, write_atomic, write_json
 from raysae.data.tokens import TokenBlock, micro_batches
 from raysae.errors import CaptureError, UserError
+from raysae.files import read_json, sha256_of, write_atomic, write_json
 from raysae.models.host import ModelHost
 
 

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from raysae.artifacts import MANIFEST, read_manifest, sha256_of
+from raysae.artifacts import MANIFEST, read_manifest
 from raysae.errors import Damaged, UserError
+from raysae.files import sha256_of
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("example_id", "group", "sequence_id", "position", "token_id", "step", "split")

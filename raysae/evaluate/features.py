@@ -34,14 +34,13 @@ import torch
 from torch import Tensor
 
 from raysae.activations.store import Store
-from raysae.artifacts import write_atomic, write_json
 from raysae.data.labels import LABELS, label_rows
 from raysae.data.records import Problem, read_records
 from raysae.evaluate import purity
 from raysae.evaluate.contexts import Texts
 from raysae.evaluate.nulls import random_sae
 from raysae.evaluate.scan import KINDS, Contexts, Scan, Settings, Source, read_contexts, scan_rows
-from raysae.files import plain
+from raysae.files import plain, write_atomic, write_json
 from raysae.sae import formats
 from raysae.sae.metrics import DENSE_ABOVE
 from raysae.sae.sae import SAE

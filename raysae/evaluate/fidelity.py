@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysae.activations.store import Store
-from raysae.artifacts import write_atomic, write_json
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
 from raysae.evaluate.statistics import effective_groups, intervals
+from raysae.files import write_atomic, write_json
 from raysae.models import host as edits
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from raysae.artifacts import write_atomic
 from raysae.data.perturb import ORIGINAL, kinds_for, name_pools, plain, reword
 from raysae.data.records import Problem
 from raysae.data.tokens import TokenBlock, micro_batches, read_block
 from raysae.evaluate.statistics import intervals
+from raysae.files import write_atomic
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 

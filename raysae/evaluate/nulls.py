@@ -37,7 +37,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json_if, write_json
+from raysae.files import read_json_if, write_json
 from raysae.sae import formats
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
 from raysae.sae.losses import Losses

@@ -35,7 +35,6 @@ from scipy import sparse, stats
 from sklearn.feature_extraction.text import CountVectorizer
 
 from raysae.activations.store import Store
-from raysae.artifacts import write_atomic, write_json
 from raysae.data.labels import label_rows, part_labels
 from raysae.data.records import Problem
 from raysae.data.splits import near_duplicate_groups
@@ -50,6 +49,7 @@ from raysae.evaluate.statistics import (
     interval,
     paired_permutation,
 )  # fmt: skip
+from raysae.files import write_atomic, write_json
 from raysae.progress import Progress
 from raysae.sae.formats import load
 from raysae.sae.sae import SAE

@@ -23,9 +23,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from raysae.activations.store import Store
-from raysae.artifacts import write_atomic
 from raysae.data.tokens import TokenBlock
 from raysae.evaluate.statistics import intervals
+from raysae.files import write_atomic
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 from raysae.sweep.collect import CONFIGURATION

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raysae.artifacts import read_json_if
+from raysae.files import read_json_if
 from raysae.report.columns import interval, is_number, label, show
 from raysae.sae.architectures import COEFFICIENTS
 

@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError, safe_open
 
-from raysae.artifacts import read_json, write_json
 from raysae.errors import Fault
+from raysae.files import read_json, write_json
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sweep.space import Common, Proposal, members
 

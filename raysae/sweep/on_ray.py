@@ -27,8 +27,9 @@ from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from raysae.artifacts import fingerprint, write_json
+from raysae.artifacts import fingerprint
 from raysae.cluster import Placement, device, environment_of_workers
+from raysae.files import write_json
 from raysae.progress import Progress, say
 from raysae.sae.architectures import COEFFICIENTS, SAEConfig
 from raysae.sae.losses import Losses

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json, write_atomic, write_json
-from raysae.files import plain, whole_folder
+from raysae.files import plain, read_json, whole_folder, write_atomic, write_json
 from raysae.sae import formats
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.losses import Batch

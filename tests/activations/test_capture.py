@@ -11,8 +11,8 @@ from helpers import BOS, block_entry, tiny_block, tiny_host
 from raysae.activations import capture
 from raysae.activations.capture import CaptureSettings, attempt, capture_block, finish
 from raysae.activations.store import Store
-from raysae.artifacts import write_json
 from raysae.errors import CaptureError, UserError
+from raysae.files import write_json
 
 SITES = ("blocks.0.mlp_hidden", "blocks.1.resid_post")
 SETTINGS = CaptureSettings(SITES, "float32", 24, seed=0)

@@ -8,8 +8,8 @@ import torch
 from helpers import tiny_store
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json, write_json
 from raysae.errors import UserError
+from raysae.files import read_json, write_json
 
 SITE = "blocks.0.resid_post"
 SIZES = (7, 5, 11, 1)

@@ -10,7 +10,6 @@ from helpers import BOS, D_MODEL, block_entry, tiny_block, tiny_host, tiny_store
 
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
-from raysae.artifacts import write_json
 from raysae.data.tokens import TokenBlock
 from raysae.evaluate import fidelity, stability
 from raysae.evaluate.fidelity import (
@@ -26,6 +25,7 @@ from raysae.evaluate.fidelity import (
     values_of,
 )
 from raysae.evaluate.statistics import intervals
+from raysae.files import write_json
 from raysae.gates.criteria import METRICS
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters

@@ -18,12 +18,12 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import KFold
 from small import reseal
 
-from raysae.artifacts import write_json
 from raysae.data.records import make_problem, write_records
 from raysae.errors import UserError
 from raysae.evaluate import probes
 from raysae.evaluate.linear import Settings, cross_validate, group_folds, largest_differences, score
 from raysae.evaluate.statistics import group_weights
+from raysae.files import write_json
 from raysae.run import Run
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig

@@ -17,12 +17,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
-from raysae.artifacts import write_json
 from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
 from raysae.data.tokens import TokenBlock, read_block, tokenize
 from raysae.evaluate import nulls
 from raysae.evaluate.fidelity import Measurement, Paired, collect, measure_block
+from raysae.files import write_json
 from raysae.gates.criteria import apply, load_gate, passes
 from raysae.gates.select import by_metric
 from raysae.models.host import ModelHost, load_tokenizer

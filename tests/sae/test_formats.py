@@ -68,7 +68,7 @@ def test_saving_again_replaces_the_whole_directory(sae, tmp_path):
 
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     formats.save(folded("relu"), tmp_path / "sae")
-    monkeypatch.setattr(saelens, "save_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(saelens, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         formats.save(folded("topk"), tmp_path / "sae")
     assert formats.load(tmp_path / "sae").config.architecture == "relu"

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from raysae.artifacts import read_json
+from raysae.files import read_json
 from raysae.sweep.replay import Stop, replay
 from raysae.sweep.space import Common, Proposal, members
 from raysae.sweep.trial import Rung

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import raysae.cluster  # noqa: F401 sets Ray's environment before Ray is imported
-from raysae.artifacts import write_json
+from raysae.files import write_json
 from raysae.sweep import on_ray
 from raysae.sweep.on_ray import PackSearch
 from raysae.sweep.space import Common, proposals

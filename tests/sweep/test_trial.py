@@ -13,8 +13,8 @@ import torch
 from helpers import sparse_rows, tiny_store
 
 from raysae.activations.store import Store
-from raysae.artifacts import read_json, write_json
 from raysae.errors import Fault
+from raysae.files import read_json, write_json
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.losses import Losses

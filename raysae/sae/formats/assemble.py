@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from raysae.errors import UserError
+from raysae.files import plain
 from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
-from raysae.sae.formats.files import plain, shown
+from raysae.sae.formats.files import shown
 from raysae.sae.sae import SAE
 
 TRAINING = [field.name for field in fields(SAEConfig) if field.name not in ("architecture", "d_in", "d_sae")]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from raysae.errors import UserError
+from raysae.files import whole_folder, write_json
 from raysae.sae.architectures import ARCHITECTURES, Parameters, SAEConfig
 from raysae.sae.architectures.topk import Matryoshka
 from raysae.sae.formats.assemble import (
@@ -33,7 +34,7 @@ from raysae.sae.formats.assemble import (
     trusted_block,
     unit_decoder,
 )
-from raysae.sae.formats.files import load_json, load_pt, save_json, shown, whole_directory
+from raysae.sae.formats.files import load_json, load_pt, shown
 from raysae.sae.sae import SAE
 
 WEIGHTS = "ae.pt"
@@ -85,9 +86,9 @@ def write(sae: SAE, directory: Path) -> None:
         **_site(sae.metadata),
     }
     buffer = {"ctx_len": sae.metadata.get("context_size"), "d_submodule": config.d_in, "io": "out"}
-    with whole_directory(directory) as temporary:
+    with whole_folder(directory) as temporary:
         torch.save(_state_dict(theirs, tensors, config, sae.metadata), temporary / WEIGHTS)
-        save_json(temporary / "config.json", {"trainer": trainer, "buffer": buffer, "raysae": block_of(sae)})
+        write_json(temporary / "config.json", {"trainer": trainer, "buffer": buffer, "raysae": block_of(sae)})
 
 
 def _state_dict(theirs: str, tensors: Parameters, config: SAEConfig, metadata: dict[str, Any]) -> Parameters:

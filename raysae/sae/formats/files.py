@@ -17,9 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from raysae.errors import UserError
-from raysae.files import plain as plain
-from raysae.files import whole_folder as whole_directory  # noqa: F401
-from raysae.files import write_json as save_json  # noqa: F401
 
 # The origin studies' configs hold paths. Read as pure ones, they are data like any string.
 PATHS: list[Any] = [(PurePosixPath, "pathlib.PosixPath"), (PurePosixPath, "pathlib._local.PosixPath")]

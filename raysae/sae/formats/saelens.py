@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from raysae.errors import UserError
+from raysae.files import whole_folder, write_json
 from raysae.sae.architectures import ARCHITECTURES, Parameters
 from raysae.sae.formats.assemble import sae_of, trusted_block, weight
-from raysae.sae.formats.files import load_json, load_tensors, save_json, shown, whole_directory
+from raysae.sae.formats.files import load_json, load_tensors, shown
 from raysae.sae.sae import SAE
 
 SAE_LENS_VERSION = "6.54.12"  # the layout that this writes; SAELens reads anything >= 6.0.0 as such
@@ -41,10 +42,10 @@ def save(sae: SAE, directory: Path, raysae: dict[str, Any] | None = None) -> Non
         "raysae": {"config": config.__dict__, **(raysae or {})},
         **fields,
     }
-    with whole_directory(directory) as temporary:
+    with whole_folder(directory) as temporary:
         whole = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary / WEIGHTS)
-        save_json(temporary / "cfg.json", cfg)
+        write_json(temporary / "cfg.json", cfg)
 
 
 def load(directory: Path) -> SAE:

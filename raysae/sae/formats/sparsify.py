@@ -12,9 +12,10 @@ from typing import Any
 from safetensors.torch import save_file
 
 from raysae.errors import UserError
+from raysae.files import whole_folder, write_json
 from raysae.sae.architectures import ARCHITECTURES
 from raysae.sae.formats.assemble import block_of, named_as, renamed, sae_of, trusted_block
-from raysae.sae.formats.files import load_json, load_tensors, save_json, shown, whole_directory
+from raysae.sae.formats.files import load_json, load_tensors, shown
 from raysae.sae.sae import SAE
 
 WEIGHTS = "sae.safetensors"
@@ -41,9 +42,9 @@ def write(sae: SAE, directory: Path) -> None:
         "raysae": block_of(sae),
     }
     tensors, _ = ARCHITECTURES[config.architecture].to_saelens(sae.parameters, config)
-    with whole_directory(directory) as temporary:
+    with whole_folder(directory) as temporary:
         save_file(named_as(tensors, NAMES), temporary / WEIGHTS)
-        save_json(temporary / "cfg.json", cfg)
+        write_json(temporary / "cfg.json", cfg)
 
 
 def read(directory: Path) -> SAE:
