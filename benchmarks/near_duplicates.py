@@ -96,7 +96,7 @@ def documents(walks: Walks, count: int) -> tuple[list[str], dict[str, list[tuple
 
 
 def ours(texts: Sequence[str]) -> list[int]:
-    return duplicates.near_duplicate_groups(texts, THRESHOLD)
+    return duplicates.near_duplicates(texts, THRESHOLD).groups
 
 
 def ensemble(texts: Sequence[str]) -> list[int]:

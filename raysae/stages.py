@@ -26,7 +26,7 @@ from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
 from raysae.data.records import read_records, write_records
 from raysae.data.sources import GSM8K_HUB, LeftOut, load_problems
-from raysae.data.splits import divide, unseen
+from raysae.data.splits import assign_splits, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
 from raysae.files import read_table, sha256_of, write_atomic, write_json
@@ -139,7 +139,7 @@ class Stages:
                     raise UserError("data.source: every example is in the run's own data; name another dataset")
             similarity = data.near_duplicate_similarity
             near = None if similarity is None else near_duplicates([p.question for p in loaded], similarity)
-            problems = divide(loaded, data.validation_fraction, data.test_fraction, near, self.config.seed)
+            problems = assign_splits(loaded, data.validation_fraction, data.test_fraction, near, self.config.seed)
             if held_out:
                 problems = [replace(p, split="test") for p in problems]
             write_records(path / "records.parquet", problems)

@@ -4,7 +4,8 @@ Two texts are near-duplicates at a threshold t if
 
 - the Jaccard similarity of their *shingles* (runs of 3 words) is at least t: the same text with a word changed; or
 - they share at least t / 2 of the shorter one's *passages* (runs of 8 words), and 8 of them: an excerpt of a document, or
-  two windows that overlap by half. Jaccard similarity alone is low for these, as the rest of the longer text differs.
+  two windows that overlap by half. Jaccard similarity alone is low for these, as the rest of the longer text differs; or
+- where it is asked for, they share a given part of the shorter one's shingles, and 4 of them: a rewording.
 
 Numbers count as one and the same word: "plants 3 rose bushes" and "plants 4 rose bushes" are one problem. Scripts without
 spaces (Chinese, Japanese, Thai, ...) have a word per character. Where letters are not most of a text (brackets, emoji,
@@ -28,6 +29,8 @@ SHINGLE, PASSAGE = 3, 8
 """Words in a shingle and in a passage."""
 SHARED_PASSAGES = 8
 """Fewest passages that two texts share: 15 words in a row. Shorter runs are phrases."""
+SHARED_SHINGLES = 4
+"""Fewest shingles that a text shares with a rewording of it."""
 SPARE_BITS = 8
 """Information of a shingle of characters beyond what tells the places of the longest text apart: 2^-8 occur by chance."""
 PAIRS_AT_ONCE = 20_000_000
@@ -48,9 +51,11 @@ class NearDuplicates(NamedTuple):
     """Texts with fewer words or characters than a shingle: only equal ones among them are united."""
 
 
-def near_duplicates(texts: Sequence[str], threshold: float) -> NearDuplicates:
+def near_duplicates(texts: Sequence[str], threshold: float, contained: float = 1.0) -> NearDuplicates:
     """Unite texts that are near-duplicates at `threshold` (module docstring), and whatever these are near to.
 
+    contained: share of the shorter one's shingles from which two texts are rewordings of each other, below 1 where those
+    are asked for: laxer than what a split may unite, since questions of one kind share as much.
     Cost grows with the words, and with the pairs that share rare shingles, not with all pairs.
     """
     from scipy import sparse  # loads half of SciPy, which model hosts need not
@@ -62,8 +67,10 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> NearDuplicates:
     distinct = np.unique(same)
 
     edges = [np.stack([same, np.arange(len(texts))])]
-    for a, b, shared, sizes in _sharing([shingles[i] for i in distinct], threshold):
+    for a, b, shared, sizes in _sharing([shingles[i] for i in distinct], min(threshold, contained)):
         near = shared >= threshold * (sizes[a] + sizes[b] - shared) - 1e-9
+        if contained < 1:
+            near |= shared >= np.maximum(contained * sizes[a] - 1e-9, SHARED_SHINGLES)
         edges.append(distinct[np.stack([a[near], b[near]])])
     del shingles
     passages = [_runs(words[i], _passage(length[i])) for i in distinct]
@@ -77,11 +84,6 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> NearDuplicates:
     _, first, group = np.unique(of, return_index=True, return_inverse=True)
     short = sum(len(w) < n for w, n in zip(words, length, strict=True))
     return NearDuplicates(first[group].tolist(), short)
-
-
-def near_duplicate_groups(texts: Sequence[str], threshold: float) -> list[int]:
-    """The groups of `near_duplicates`."""
-    return near_duplicates(texts, threshold).groups
 
 
 def _words(texts: Sequence[str]) -> tuple[list[np.ndarray], list[int]]:

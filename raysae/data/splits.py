@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from raysae.data.duplicates import NearDuplicates, near_duplicate_groups, near_duplicates
+from raysae.data.duplicates import NearDuplicates, near_duplicates
 from raysae.data.records import Problem
 from raysae.errors import UserError
 
@@ -19,18 +19,6 @@ SPLITS = ("train", "validation", "test")
 
 
 def assign_splits(
-    problems: Sequence[Problem],
-    validation_fraction: float,
-    test_fraction: float,
-    threshold: float | None,
-    seed: int,
-) -> list[Problem]:
-    """Give each problem its split; the order stays: `divide`, with near-duplicates at `threshold`, or None of them."""
-    near = None if threshold is None else near_duplicates([p.question for p in problems], threshold)
-    return divide(problems, validation_fraction, test_fraction, near, seed)
-
-
-def divide(
     problems: Sequence[Problem],
     validation_fraction: float,
     test_fraction: float,
@@ -82,7 +70,7 @@ def divide(
 def unseen(problems: Sequence[Problem], others: Sequence[Problem], threshold: float | None) -> list[Problem]:
     """Those of `problems` that are no near-duplicate of any of `others`, by question (`threshold=None`: not the same)."""
     texts = [p.question for p in [*others, *problems]]
-    of = texts if threshold is None else near_duplicate_groups(texts, threshold)
+    of = texts if threshold is None else near_duplicates(texts, threshold).groups
     known = {*of[: len(others)]}
     return [p for p, group in zip(problems, of[len(others) :], strict=True) if group not in known]
 

@@ -22,7 +22,6 @@ heart solves it (Hewitt & Liang 2019, §2).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,12 +31,11 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse, stats
-from sklearn.feature_extraction.text import CountVectorizer
 
 from raysae.activations.store import Store
+from raysae.data.duplicates import near_duplicates
 from raysae.data.labels import label_rows, part_labels
 from raysae.data.records import Problem
-from raysae.data.splits import near_duplicate_groups
 from raysae.errors import UserError
 from raysae.evaluate.linear import Fit, Scored, Settings, cross_validate, group_folds, macro_f1, majority, recall, score
 from raysae.evaluate.nulls import random_sae
@@ -77,8 +75,6 @@ DUPLICATE_SIMILARITY = 0.8
 DUPLICATE_CONTAINMENT = 0.4
 """Share of the shorter text's word 3-grams from which it counts as a rewording of the other; laxer than what unites groups,
 for a probe learns by heart what a split may well keep apart."""
-FEWEST_SHARED = 4
-"""3-grams that these are at least."""
 
 
 class Subject(NamedTuple):
@@ -398,39 +394,13 @@ def leakage(
 def duplicates_across_folds(example_ids: np.ndarray, fold: np.ndarray, problems: Sequence[Problem]) -> int:
     """How many sets of near-duplicate questions have rows in more than one fold."""
     folds_of = pd.DataFrame({"example_id": example_ids, "fold": fold}).drop_duplicates()
-    known = {p.example_id: p for p in problems}
+    question = {p.example_id: p.question for p in problems}
     examples = folds_of["example_id"].unique()
-    questions = [known[e].question for e in examples]
-    found = [
-        np.array(near_duplicate_groups(questions, DUPLICATE_SIMILARITY)),
-        _rewordings(questions),
-    ]
-    n, first = len(examples), np.concatenate(found)
-    links = sparse.coo_matrix((np.ones(len(first)), (np.tile(np.arange(n), len(found)), first)), (n, n))
-    like = dict(zip(examples, sparse.csgraph.connected_components(links, directed=False)[1], strict=True))
+    questions = [question[e] for e in examples]
+    near = near_duplicates(questions, DUPLICATE_SIMILARITY, DUPLICATE_CONTAINMENT)
+    like = dict(zip(examples, near.groups, strict=True))
     # An example whose own rows are cut counts too.
     return int((folds_of.groupby(folds_of["example_id"].map(like))["fold"].nunique() > 1).sum())
-
-
-def _rewordings(texts: Sequence[str]) -> np.ndarray:
-    """For each text the index of the first of its set: two that share DUPLICATE_CONTAINMENT of the shorter's word 3-grams
-    are in one. Numbers are as good as each other.
-    """
-    masked = [re.sub(r"\b\d+(?:[.,]\d+)*\b", "0", text) for text in texts]
-    try:
-        has = CountVectorizer(ngram_range=(3, 3), binary=True, token_pattern=r"\w+", dtype=np.int32).fit_transform(
-            masked
-        )
-    except ValueError:  # no text has three words
-        return np.arange(len(texts))
-    size, shared = np.asarray(has.sum(1)).ravel(), (has @ has.T).tocoo()
-    least = DUPLICATE_CONTAINMENT * np.minimum(size[shared.row], size[shared.col])
-    near = shared.data >= np.maximum(least, FEWEST_SHARED)
-    pairs = sparse.coo_matrix((np.ones(near.sum()), (shared.row[near], shared.col[near])), shape=shared.shape)
-    _, first, of = np.unique(
-        sparse.csgraph.connected_components(pairs, directed=False)[1], return_index=True, return_inverse=True
-    )
-    return first[of]
 
 
 def effects(

@@ -13,7 +13,7 @@ from raysae.data.arithmetic import (
     part_of,
     vocabulary,
 )
-from raysae.data.duplicates import near_duplicate_groups
+from raysae.data.duplicates import near_duplicates
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_problems_fit_a_context_of_128(problems):
 
 
 def test_near_duplicates_are_rare(problems):
-    groups = near_duplicate_groups([problem.question for problem in problems[:500]], 0.8)
+    groups = near_duplicates([problem.question for problem in problems[:500]], 0.8).groups
     assert len({*groups}) >= 470
 
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from raysae.data.duplicates import near_duplicate_groups, near_duplicates
+from raysae.data.duplicates import near_duplicates
 from raysae.data.sources import load_problems
 
 WORDS = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(500)]
@@ -30,7 +30,7 @@ def near(a, b, threshold):
 
 
 def united(*texts):
-    return len({*near_duplicate_groups(texts, 0.8)}) == 1
+    return len({*near_duplicates(texts, 0.8).groups}) == 1
 
 
 def walk(rng, length):
@@ -55,7 +55,7 @@ def test_groups_are_the_connected_components_of_the_definition(threshold):
                 low, high = sorted((expected[i], expected[j]))
                 expected = [low if group == high else group for group in expected]
     assert len({*expected}) < 0.9 * len(texts)
-    assert near_duplicate_groups(texts, threshold) == expected
+    assert near_duplicates(texts, threshold).groups == expected
 
 
 def test_an_excerpt_is_united_with_its_document_and_windows_that_overlap_by_half(shared):
@@ -68,9 +68,9 @@ def test_an_excerpt_is_united_with_its_document_and_windows_that_overlap_by_half
     starts = [rng.randrange(len(words) - 120) for words in text]
     excerpts = [" ".join(words[s : s + 120]) for words, s in zip(text, starts, strict=True)]
     windows = [" ".join(words[s : s + 120]) for words in text for s in (0, 60, 120)]
-    groups = near_duplicate_groups([*documents, *excerpts], 0.8)
+    groups = near_duplicates([*documents, *excerpts], 0.8).groups
     assert groups[60:] == groups[:60] == list(range(60)), "each with its own document, and no two documents"
-    assert near_duplicate_groups(windows, 0.8) == [3 * (i // 3) for i in range(180)]
+    assert near_duplicates(windows, 0.8).groups == [3 * (i // 3) for i in range(180)]
     assert not united(" ".join(text[0][:120]), " ".join(text[0][100:220])), "a sixth in common"
 
 
@@ -79,7 +79,18 @@ def test_phrases_and_short_texts_in_common_are_no_passage():
     opening = "Once upon a time there was a little girl who lived in a house"  # 14 words: 7 passages
     rng = random.Random(0)
     assert not united(*(f"{opening} {' '.join(walk(rng, 6))}" for _ in range(2)))
-    assert near_duplicate_groups(["a b", "a b", "a c", "", " "], 0.8) == [0, 0, 2, 3, 3]
+    assert near_duplicates(["a b", "a b", "a c", "", " "], 0.8).groups == [0, 0, 2, 3, 3]
+
+
+def test_rewordings_are_united_where_they_are_asked_for():
+    question = " ".join(walk(random.Random(3), 12))
+    reworded = f"Say how many of these there are now, please: {question}"
+    opening = "What is the sum of the following?"  # 5 shingles of the shorter one's 9
+    others = [f"{opening} {' '.join(walk(random.Random(i), 4))}" for i in (4, 5)]
+    few = "the sum of the ten", "add the sum of the"  # 2 shared of 3: a phrase
+    for texts, alike in (((question, reworded), True), (others, True), (few, False)):
+        assert not united(*texts)
+        assert (len({*near_duplicates(texts, 0.8, 0.4).groups}) == 1) == alike, texts
 
 
 def test_numbers_are_one_word_where_there_are_words():
@@ -87,14 +98,14 @@ def test_numbers_are_one_word_where_there_are_words():
     assert united(template.format("Ann", 3, 5, 2), template.format("Ann", 4, "1,250", 2.5))
     assert not united(template.format("Ann", 3, 5, 2), "Ann has 3 cats, and 5 dogs bark at 2 of them.")
     sums = [f"{a} + {b} = {a + b}" for a in range(10, 20) for b in range(10, 20)]
-    assert near_duplicate_groups(sums, 0.8) == list(range(100)), "where digits are the text, they tell it apart"
+    assert near_duplicates(sums, 0.8).groups == list(range(100)), "where digits are the text, they tell it apart"
 
 
 def test_counterfactual_pairs_of_gsm8k_are_one_group_and_its_problems_are_not(shared):
     """Each of 1,000 problems beside itself with its numbers changed."""
     questions = [p.question for p in load_problems("gsm8k", str(shared / "data/gsm8k/train.jsonl"))]
     changed = [re.sub(r"\d+", lambda m: str(int(m[0]) + 1), q) for q in questions[:1000]]
-    groups = near_duplicate_groups([*questions, *changed], 0.8)
+    groups = near_duplicates([*questions, *changed], 0.8).groups
     assert groups[len(questions) :] == groups[:1000]
     sizes = Counter(groups[: len(questions)]).values()
     assert len(sizes) >= 7400 and max(sizes) <= 4
@@ -149,7 +160,7 @@ def test_texts_that_cannot_be_compared_are_counted():
 def test_real_captions_and_logic_problems_are_not_merged_wholesale(shared):
     rows = json.loads((shared / "data/logic_llm/ProntoQA.dev.json").read_text())
     questions = [row["context"] for row in rows]
-    assert len({*near_duplicate_groups(questions, 0.8)}) >= 0.95 * len({*questions})
+    assert len({*near_duplicates(questions, 0.8).groups}) >= 0.95 * len({*questions})
     lines = (shared / "data/flickr8k_en_ar/flickr8k-rev.txt").read_text().splitlines()[:3000]
     captions = [line.split("\t")[-1] for line in lines]
-    assert len({*near_duplicate_groups(captions, 0.8)}) >= 0.99 * len({*captions})
+    assert len({*near_duplicates(captions, 0.8).groups}) >= 0.99 * len({*captions})

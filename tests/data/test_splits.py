@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from raysae.data.duplicates import near_duplicates
 from raysae.data.records import make_problem
 from raysae.data.sources import load_problems
 from raysae.data.splits import SPLITS, assign_splits, unseen
@@ -42,10 +43,14 @@ def texts_with_copies(seed: int, originals: int = 60) -> list[str]:
     return texts
 
 
+def near(problems):
+    return near_duplicates([p.question for p in problems], 0.8)
+
+
 def test_near_duplicates_and_groups_stay_together():
     texts = texts_with_copies(2)
     problems = [make_problem(f"p/{i}", "p", text, group=f"g{i // 2}") for i, text in enumerate(texts)]
-    assigned = assign_splits(problems, 0.15, 0.15, 0.8, seed=0)
+    assigned = assign_splits(problems, 0.15, 0.15, near(problems), seed=0)
     assert [p.example_id for p in assigned] == [p.example_id for p in problems]
     splits_of_group = defaultdict(set)
     for before, after in zip(problems, assigned, strict=True):
@@ -59,7 +64,7 @@ def test_near_duplicates_and_groups_stay_together():
 
 def test_gsm8k_is_split_by_fraction_and_by_content(shared):
     problems = load_problems("gsm8k", str(shared / "data/gsm8k/train.jsonl"))
-    assigned = assign_splits(problems, 0.1, 0.2, 0.8, seed=0)
+    assigned = assign_splits(problems, 0.1, 0.2, near(problems), seed=0)
     counts = Counter(p.split for p in assigned)
     assert (counts["validation"], counts["test"]) == (747, 1495)
     renamed = [replace(p, group=f"other {row}") for row, p in enumerate(problems[::-1])]
@@ -79,10 +84,10 @@ def test_no_split_is_empty(sizes, fractions):
 
 
 def test_too_few_groups_is_the_users_mistake_and_what_helps_is_said():
-    def refused(texts, group=None, threshold=0.8):
+    def refused(texts, group=None):
         problems = [make_problem(f"d/{i}", "d", text, group=group) for i, text in enumerate(texts)]
         with pytest.raises(UserError) as caught:
-            assign_splits(problems, 0.1, 0.1, threshold, seed=0)
+            assign_splits(problems, 0.1, 0.1, near(problems), seed=0)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

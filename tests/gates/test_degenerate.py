@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
+from raysae.data.duplicates import near_duplicates
 from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
 from raysae.data.tokens import TokenBlock, read_block, tokenize
@@ -254,7 +255,8 @@ def test_a_good_sae_of_stories260k_passes_the_default_gate(shared, tmp_path):
     stories = load_problems(
         "text", str(shared / "data/tinystories_text/tiny_stories.txt"), text_separator=r"(?<!\n)\n(?!\n)", examples=900
     )
-    problems = assign_splits(stories, 0.15, 0.1, 0.7, 0)
+    near = near_duplicates([p.question for p in stories], 0.7)
+    problems = assign_splits(stories, 0.15, 0.1, near, 0)
     made = tokenize(problems, load_tokenizer(str(model)), 256, "problems", 30_000, 0, tmp_path / "tokens")
     host = ModelHost.load(str(model))
     settings = CaptureSettings(("blocks.2.resid_post",), "float32", 4096, 0)
