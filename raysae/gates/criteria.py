@@ -37,7 +37,7 @@ AS_DENSE = 0.95
 OF_THE_MODEL = ("ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "n_scored_tokens")
 OF_TRAINING = ("dead_fraction",)
 OF_LATENTS = ("stability_mmcs", "stability_recurring_fraction")
-FACTS = ("d_sae", "expansion_factor")
+FACTS = ("d_in", "d_sae", "expansion_factor")
 ENOUGH_GROUPS = 20
 """Groups of equal size below which intervals miss the truth too often (`benchmarks/coverage.py`), so that none decides."""
 MOST_ACTIVE = 0.5

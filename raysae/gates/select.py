@@ -12,14 +12,11 @@ import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.gates import trade
-from raysae.gates.criteria import Difference, Gate, Verdict, apply, kind_of, passes, voids
+from raysae.gates.criteria import FACTS, OF_TRAINING, Difference, Gate, Verdict, apply, kind_of, passes, voids
 from raysae.gates.trade import Candidate, Subtract
 from raysae.gates.waivers import Waiver
 from raysae.sweep.collect import CONFIGURATION
 
-TRAINING, CONFIG = "training", "config"
-OTHERWISE = {"dead_fraction": TRAINING, "d_in": CONFIG, "d_sae": CONFIG, "expansion_factor": CONFIG}
-"""Metrics that are of no split."""
 BEST_FIRST = ("go", "incomplete", "no-go")
 
 
@@ -380,7 +377,9 @@ def _score(gate: Gate, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def split_of(metric: str, split: str) -> str:
     """Where the value of a metric is from that stands among those of a split."""
-    return "validation" if metric.startswith("stability_") else OTHERWISE.get(metric, split)
+    if metric.startswith("stability_"):
+        return "validation"
+    return "training" if metric in OF_TRAINING else "config" if metric in FACTS else split
 
 
 def _records(verdicts: list[Verdict], split: str, evidence_path: str, decided_at: str) -> list[dict[str, Any]]:
