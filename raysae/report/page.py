@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from raysae.config import read_yaml
 from raysae.errors import Damaged, UserError
 from raysae.files import inside, read_json_if, read_table, write_atomic
 from raysae.gates.waivers import in_words
@@ -45,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
     table = _ready(_with_ids(run_dir / "table.parquet"))
     curves = read_table(run_dir / "curves.parquet") if (run_dir / "curves.parquet").exists() else None
     config_text = _text(run_dir / "config.yaml")
-    config = _mapping(run_dir / "config.yaml", config_text)
+    config = read_yaml("config", run_dir / "config.yaml") if config_text.strip() else {}
     decision, ledger, store = (read_json_if(run_dir / f"{name}.json") for name in ("decision", "ledger", "store"))
 
     lead, role = figures.lead(decision)
@@ -318,18 +318,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError:
         raise Damaged(path, "is not UTF-8") from None
-
-
-def _mapping(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError):
-        raise Damaged(path, "is not YAML") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise Damaged(path, f"holds a {type(values).__name__}, not a mapping")
-    return values
 
 
 def _with_ids(path: Path) -> pd.DataFrame:
