@@ -26,6 +26,8 @@ from raysae.activations.store import Store
 from raysae.artifacts import Stage
 from raysae.errors import CaptureError
 from raysae.flow import Flow
+from raysae.sweep import on_ray
+from raysae.sweep.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGER = {"tokens": 80_000, "rungs": 8}
@@ -72,6 +74,30 @@ def sweep_while_killing(find_pid: Callable[[], int | None], model: Path, output:
     return run
 
 
+def dying_once(note: Path) -> Callable[..., None]:
+    """A trainable whose process is killed, once in a sweep, as soon as the state of a third rung is kept."""
+
+    def trainable(config: dict, trial: Trial, **given: object) -> None:
+        keep, kept = on_ray.keep_state, []
+
+        def keep_and_die(folder: Path, rung: object) -> None:
+            keep(folder, rung)
+            kept.append(folder)
+            if len(kept) == 3:
+                with suppress(FileExistsError), note.open("x") as file:
+                    file.write(folder.name)
+                    file.flush()
+                    os.kill(os.getpid(), SIGKILL)
+
+        on_ray.keep_state = keep_and_die
+        try:
+            on_ray.run_trial(config, trial, **given)  # a worker's own, which is not patched
+        finally:
+            on_ray.keep_state = keep
+
+    return trainable
+
+
 def same(run: raysae.Run, undisturbed: raysae.Run) -> None:
     assert rows_of(run.path.parent) == rows_of(undisturbed.path.parent)
     assert sae_hashes(run.path) == sae_hashes(undisturbed.path)
@@ -95,15 +121,13 @@ def test_a_killed_capture_actor(ray_cluster, undisturbed, arithmetic_model, tmp_
     same(sweep_while_killing(actor, arithmetic_model, tmp_path), undisturbed)
 
 
-def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path):
-    def trial() -> int | None:  # one with a checkpoint, and more to do
-        for file in tmp_path.glob("stages/sweep-*/tune/*/result.json"):
-            lines = file.read_text().splitlines()
-            if len(lines) >= 2 and not json.loads(lines[-1])["final"]:
-                return json.loads(lines[-1])["pid"]
-        return None
-
-    same(sweep_while_killing(trial, arithmetic_model, tmp_path), undisturbed)
+def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path, monkeypatch):
+    """With five of its eight rungs to go. The moment is the trial's own: it lasts a fraction of a second."""
+    note = tmp_path / "killed"
+    monkeypatch.setattr(on_ray, "run_trial", dying_once(note))
+    run = raysae.sweep(small_job(arithmetic_model, tmp_path / "results", training=LONGER))
+    assert note.read_text()
+    same(run, undisturbed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
