@@ -27,7 +27,7 @@ from scipy import sparse
 
 from raysae.evaluate.linear import Settings
 from raysae.evaluate.probes import FALSE_DISCOVERIES, effects
-from raysae.evaluate.statistics import effective_groups, intervals
+from raysae.evaluate.statistics import Bootstrap, effective_groups, intervals
 from raysae.gates.criteria import ENOUGH_GROUPS
 
 CONFIDENCE, TARGET = 0.95, 0.93
@@ -79,7 +79,7 @@ def ends_by_method(sums: np.ndarray, resamples: int, seed: int) -> dict[str, np.
         t = (drawn - value[:, None]) / (np.sqrt(groups / (groups - 1) * np.maximum(spread, 0)) / (b @ weights))
     high, low = np.quantile(np.nan_to_num(t, posinf=1e300, neginf=-1e300), tails, axis=1, method="inverted_cdf")
     found = {"bootstrap-t": np.stack([value - low * own, value - high * own])}
-    expected = intervals(sums[0], ratio, resamples, CONFIDENCE, seed)
+    expected = intervals(sums[0], ratio, Bootstrap(resamples, CONFIDENCE, seed))
     assert np.allclose(found["bootstrap-t"][:, 0], [expected.low[0], expected.high[0]], rtol=1e-3), (found, expected)
 
     found["percentile"] = np.quantile(drawn, tails, axis=1)

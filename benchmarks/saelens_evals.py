@@ -51,6 +51,7 @@ import torch
 from raysae.activations.store import Store
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate.fidelity import Measurement, collect, measure_block
+from raysae.evaluate.statistics import Bootstrap
 from raysae.files import read_json, write_json
 from raysae.models import host as edits
 from raysae.models.foreign import saelens_hooks
@@ -147,7 +148,7 @@ def compare(root: Path, store: Store, site: str, sae: Path, blocks: Sequence[Tok
     host = ModelHost.load(made_with["name"], made_with["revision"], loading["dtype"])
     for block in blocks:
         measure_block(host, block, task)
-    ours = collect(task.root, [block.name for block in blocks], store.mean(site), 1000, 0.95, 0)["sae"]
+    ours = collect(task.root, [block.name for block in blocks], store.mean(site), Bootstrap(1000, 0.95, 0))["sae"]
     write_json(root / "ours.json", ours)
 
     model = load_model(

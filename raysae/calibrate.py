@@ -23,6 +23,7 @@ from raysae.artifacts import MANIFEST, size_of
 from raysae.cluster import device
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate import fidelity
+from raysae.evaluate.statistics import Bootstrap
 from raysae.files import write_json
 from raysae.models.host import ModelHost
 from raysae.sae import formats
@@ -70,8 +71,7 @@ class HostWork:
     settings: CaptureSettings
     saes: tuple[tuple[str, SAEConfig], ...]
     """An SAE of each kind, and its site."""
-    bootstrap: int
-    confidence: float
+    bootstrap: Bootstrap
 
     def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
         begun = time.perf_counter()
@@ -113,7 +113,7 @@ class HostWork:
         one, three = measure(1), measure(3)
         own = max(three - one, 0.0) / 2
         to, mean = self.root / "measured3", store.mean(site)
-        spent = seconds_of(lambda: fidelity.collect(to, [block.name], mean, self.bootstrap, self.confidence, 0))
+        spent = seconds_of(lambda: fidelity.collect(to, [block.name], mean, self.bootstrap))
         return {
             "rows": rows,
             "score_clean": max(one - own, 0.0) / block.rows,

@@ -90,7 +90,7 @@ class Evidence(Stages):
 
     def stability(self, saes: Stage, validation: Stage, store: Stage, tokens: Stage, model: str) -> Stage:
         """Whether seeds find the same latents: `stability.json`, `stability.parquet`."""
-        e, seed = self.config.evaluation, self.config.seed
+        seed = self.config.seed
         blocks = blocks_of(tokens, "validation")
 
         def build(path: Path) -> Mapping[str, Any]:
@@ -101,9 +101,7 @@ class Evidence(Stages):
             seeds = stability.match_all(table, root, validation.path, names, seed)
             works = {f"what recurs at {task.site}": task for task in stability.tasks(seeds, store.path, root, path)}
             cost = self._over_blocks(works, blocks, stability.done, tokens.path, model)
-            found = stability.collect(
-                seeds, path, names, metrics_of(validation), e.bootstrap, e.confidence, seed
-            )
+            found = stability.collect(seeds, path, names, metrics_of(validation), self.bootstrap)
             stability.by_configuration(found).to_parquet(path / "stability.parquet", index=False)
             write_json(path / "stability.json", found)
             return {"stability": found, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
@@ -113,7 +111,6 @@ class Evidence(Stages):
 
     def domains(self, validation: Stage, tokens: Stage, records: Stage, sites: Iterable[str]) -> Stage:
         """Fidelity by domain, from the evaluation's sums: `domains.parquet`, `domains.json`."""
-        e, seed = self.config.evaluation, self.config.seed
 
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.evaluate import risk
@@ -121,7 +118,7 @@ class Evidence(Stages):
             names = names_of(blocks_of(tokens, "validation"))
             problems = [p for p in read_records(records.path / "records.parquet") if p.split == "validation"]
             roots = [root for site in sites if (root := validation.path / site).is_dir()]  # where an SAE was measured
-            table, facts = risk.coverage(roots, names, problems, e.bootstrap, e.confidence, seed)
+            table, facts = risk.coverage(roots, names, problems, self.bootstrap)
             table.to_parquet(path / "domains.parquet", index=False)
             write_json(path / "domains.json", facts)
             return {}
@@ -133,7 +130,6 @@ class Evidence(Stages):
         away: Mapping[str, tuple[Stage, Stage]],
     ) -> Stage:  # fmt: skip
         """Fidelity of some SAEs of one site on other datasets, against that on the validation split: `transfer.json`."""
-        e, seed = self.config.evaluation, self.config.seed
         measured: dict[str, tuple[Stage, Stage]] = {}
         for name, (_, other_tokens) in away.items():
             say(f"transfer to {name}: {', '.join(ids)}")
@@ -154,7 +150,7 @@ class Evidence(Stages):
                     names_of(other_tokens.manifest["blocks"]),
                     metrics_of(stage_there),
                 )
-                compared = transfer.compare(ids, home, there, e.bootstrap, e.confidence, seed)
+                compared = transfer.compare(ids, home, there, self.bootstrap)
                 taken = away[name][0].manifest
                 found[name] = {"examples": taken["examples"]["test"], "left_out": taken["left_out"], "saes": compared}
                 found[name]["over_seeds"] = transfer.over_seeds(compared)
@@ -185,14 +181,7 @@ class Evidence(Stages):
             works = {"reworded examples": task}
             cost = self._over_blocks(works, made["blocks"], invariance.done, path / "tokens", model)
             found = invariance.collect(
-                task.root,
-                path / "tokens",
-                made["blocks"],
-                sampled,
-                kinds_for(problems),
-                e.bootstrap,
-                e.confidence,
-                seed,
+                task.root, path / "tokens", made["blocks"], sampled, kinds_for(problems), self.bootstrap
             )
             write_json(path / "invariance.json", {"sae_id": sae_id, **found})
             return {"cost": {"tokens": sum(made["rows"].values()), **cost}}
@@ -244,9 +233,7 @@ class Evidence(Stages):
         def build(path: Path) -> Mapping[str, Any]:
             from raysae.evaluate import features
 
-            settings = features.Settings(
-                e.feature_rows, e.contexts, bootstrap=e.bootstrap, confidence=e.confidence, seed=self.config.seed
-            )
+            settings = features.Settings(self.bootstrap, e.feature_rows, e.contexts)
             decode = self._tokenizer(model).backend_tokenizer.decode
             say(f"features: {sae_id}")
             start = perf_counter()

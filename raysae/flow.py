@@ -202,11 +202,11 @@ class Flow(Evidence):
         """SAEs and nulls as they were measured on a split, any two of which can be subtracted."""
         from raysae.evaluate.fidelity import Paired
 
-        e, names = self.config.evaluation, names_of(blocks_of(made.tokens, split))
+        names = names_of(blocks_of(made.tokens, split))
         seen = [c.measured for c in measured]
         roots = [root for stage in seen for site in made.store.manifest["sites"] if (root := stage.path / site).is_dir()]
         metrics = {i: m for stage in seen for i, m in metrics_of(stage).items()}
-        return Paired.read(roots, names, metrics, e.bootstrap, e.confidence, self.config.seed)
+        return Paired.read(roots, names, metrics, self.bootstrap)
 
     def _about_lead(self, made: Made, table: pd.DataFrame, decision: Mapping[str, Any]) -> list[tuple[str, Stage]]:
         """What is measured of the chosen SAE, or the closest, alone: stages, each with its folder of the run."""

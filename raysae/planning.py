@@ -181,9 +181,8 @@ def _calibrate(flow: Flow, tokens: Stage, points: Sequence[Proposal], model: str
         settings = CaptureSettings(tuple(widths), c.capture.dtype, c.capture.tokens_per_forward, c.seed)
         configs = tuple((p.site, _member(p, flow, Common()).config) for p in points)
         work = HostWork(
-            tokens.path / blocks["validation"]["file"], folder / "store", settings, configs, c.evaluation.bootstrap,
-            c.evaluation.confidence,
-        )  # fmt: skip
+            tokens.path / blocks["validation"]["file"], folder / "store", settings, configs, flow.bootstrap
+        )
         (folder / "store").mkdir()
         placement = flow.cluster.capture(len(tokens.manifest["blocks"]))
         wall = flow._map_blocks("plan", [blocks["train"]], tokens.path, folder / "store", model, work, placement)

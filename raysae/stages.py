@@ -29,6 +29,7 @@ from raysae.data.sources import GSM8K_HUB, LeftOut, load_problems
 from raysae.data.splits import assign_splits, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
+from raysae.evaluate.statistics import Bootstrap
 from raysae.files import read_table, sha256_of, write_atomic, write_json
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
 from raysae.models.foreign import saelens_hooks
@@ -90,6 +91,12 @@ class Stages:
             for name in names:
                 if name not in known:
                     raise UserError(f"sweep.{field}: {name!r} is not allowed; allowed: {', '.join(known)}")
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """Behind every interval."""
+        e = self.config.evaluation
+        return Bootstrap(e.bootstrap, e.confidence, self.config.seed)
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -334,9 +341,7 @@ class Stages:
             asked_of = [sae_id for work in works.values() for sae_id, _ in work.saes]
             for work in works.values():
                 mean = opened.mean(work.site)
-                metrics |= fidelity.collect(
-                    work.root, names_of(blocks), mean, e.bootstrap, e.confidence, self.config.seed
-                )
+                metrics |= fidelity.collect(work.root, names_of(blocks), mean, self.bootstrap)
             refuse_partial(f"measurements on {split}", asked_of, metrics)
             write_json(path / "metrics.json", metrics)
             return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}

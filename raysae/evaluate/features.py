@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def measure(
         "silhouette": purity.silhouette(scan.sample, scan.strongest, settings.seed),
         "decoder": _decoder(frame, sae, alive, settings),
         "untrained": _untrained_means(random_sae(sae, store, site, settings.seed), source, texts, labels, chance, settings),
-        "settings": asdict(settings),
+        "settings": settings.plain(),
     }  # fmt: skip
     return Features(frame, summary, cards(frame, scan, contexts, texts, decode))
 
@@ -226,7 +225,7 @@ def _nearest_columns(W_dec: Tensor, alive: np.ndarray) -> dict[str, np.ndarray]:
 def _decoder(table: pd.DataFrame, sae: SAE, alive: np.ndarray, settings: Settings) -> dict[str, Any]:
     """Mean cosine of each firing latent's decoder direction to its nearest ones, beside that of random directions."""
     cosines = {"neighbour_cosine": table.pop("_neighbours").to_numpy()}
-    found = purity.means(cosines, settings.bootstrap, settings.confidence, settings.seed)["neighbour_cosine"]
+    found = purity.means(cosines, settings.bootstrap)["neighbour_cosine"]
     n = int(alive.sum())
     null = purity.random_nearest(n, sae.config.d_in, settings.null_latents, settings.seed) if n > 1 else None
     return {**found, "null": null}
@@ -241,7 +240,7 @@ def _means(table: pd.DataFrame, settings: Settings) -> dict[str, dict[str, float
     nulls = {name: table[f"{name.removesuffix('_active')}_null"].where(table[name].notna()) for name in names}
     columns = {name: table[name].to_numpy() for name in names}
     columns |= {f"{name} above_null": (table[name] - nulls[name]).to_numpy() for name in names}
-    found = purity.means(columns, settings.bootstrap, settings.confidence, settings.seed)
+    found = purity.means(columns, settings.bootstrap)
     for name in names:
         above = found.pop(f"{name} above_null")
         found[name]["null"] = float(nulls[name].mean())

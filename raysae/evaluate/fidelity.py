@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raysae.activations.store import Store
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
-from raysae.evaluate.statistics import effective_groups, intervals
+from raysae.evaluate.statistics import Bootstrap, effective_groups, intervals
 from raysae.files import write_atomic, write_json
 from raysae.models import host as edits
 from raysae.models.host import ModelHost
@@ -217,9 +217,7 @@ def _pair_examples(block: TokenBlock, batch: MicroBatch, pairs: Tensor) -> np.nd
     )
 
 
-def collect(
-    root: Path, names: Sequence[str], shift: Tensor, resamples: int, confidence: float, seed: int
-) -> dict[str, dict[str, float]]:
+def collect(root: Path, names: Sequence[str], shift: Tensor, bootstrap: Bootstrap) -> dict[str, dict[str, float]]:
     """Metrics by sae_id from the blocks' sums, with `<metric>_low`/`_high` for those that rank or gate.
 
     `shift` is the vector about which `squared_shifted` was taken (the store's mean). dense_fraction, never_fired_fraction
@@ -242,7 +240,7 @@ def collect(
         metrics |= {"effective_latents": effective_latents(sums.firings)}
         metrics |= {"n_rows": sums.rows, **_group_counts(by_group)}
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
-        metrics |= _intervals(by_group, exact, resamples, confidence, seed)
+        metrics |= _intervals(by_group, exact, bootstrap)
         for recovered, gap in RECOVERED.items():
             if not metrics[f"{gap}_low"] > 0:
                 metrics |= dict.fromkeys((recovered, f"{recovered}_low", f"{recovered}_high"), math.nan)
@@ -276,13 +274,13 @@ def _group_counts(by_group: pd.DataFrame) -> dict[str, float]:
     return found
 
 
-def _intervals(by_group: pd.DataFrame, exact: float, resamples: int, confidence: float, seed: int) -> dict[str, float]:
+def _intervals(by_group: pd.DataFrame, exact: float, bootstrap: Bootstrap) -> dict[str, float]:
     """`<metric>_low` and `<metric>_high` of `_ranked`, from an SAE's `group_sums`; exact as in `_ranked`."""
     found: dict[str, float] = {}
     for counted in ("rows", "scored"):
         names = [name for name in _ranked(exact) if counted_by(name) == counted]
         behind = by_group[by_group[counted] > 0]
-        ends = intervals(behind.to_numpy(), values_of(names, exact, by_group.columns), resamples, confidence, seed)
+        ends = intervals(behind.to_numpy(), values_of(names, exact, by_group.columns), bootstrap)
         for name, low, high in zip(names, ends.low, ends.high, strict=True):
             found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return found
@@ -312,19 +310,17 @@ class Paired:
     """`group_sums` by sae_id."""
     exact: Mapping[str, float]
     """Σ‖x-μ‖² / Σ‖x-shift‖² of the rows of each."""
-    resamples: int
-    confidence: float
-    seed: int
+    bootstrap: Bootstrap
 
     @classmethod
     def read(
         cls, roots: Sequence[Path], names: Sequence[str], metrics: Mapping[str, Mapping[str, float]],
-        resamples: int, confidence: float, seed: int,
+        bootstrap: Bootstrap,
     ) -> Paired:  # fmt: skip
         """From the blocks' sums below `roots`, of the SAEs in `metrics` (by sae_id, with their fvu)."""
         sums = {i: by for root in roots for i, by in group_sums(root, names).items() if i in metrics}
         exact = {i: exact_share(by, metrics[i]["fvu"]) for i, by in sums.items()}
-        return cls(sums, exact, resamples, confidence, seed)
+        return cls(sums, exact, bootstrap)
 
     def difference(self, a: str, b: str, of: Callable[[pd.DataFrame], pd.Series]) -> tuple[float, float, float] | None:
         """of(a) - of(b) with its interval; None where one of them has no such sums, or they are of other groups.
@@ -341,7 +337,7 @@ class Paired:
             of_each = [of(pd.DataFrame(m(t), columns=names)) for m, t in zip(metrics, halves, strict=True)]
             return (of_each[0] - of_each[1]).to_numpy()
 
-        found = intervals(np.concatenate(both, axis=1), values, self.resamples, self.confidence, self.seed)
+        found = intervals(np.concatenate(both, axis=1), values, self.bootstrap)
         value, low, high = (float(part[0]) for part in found)
         return (value, low, high) if np.isfinite([value, low, high]).all() else None
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from raysae.data.perturb import ORIGINAL, kinds_for, name_pools, plain, reword
 from raysae.data.records import Problem
 from raysae.data.tokens import TokenBlock, micro_batches, read_block
-from raysae.evaluate.statistics import intervals
+from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import write_atomic
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
@@ -89,7 +89,7 @@ def variants(sampled: Sequence[Problem], problems: Sequence[Problem], seed: int)
 
 def collect(
     root: Path, tokens: Path, blocks: Sequence[dict[str, Any]], sampled: Sequence[Problem], kinds: Sequence[str],
-    resamples: int, confidence: float, seed: int,
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of invariance.json: by kind, how many examples it changed, and MEASURES with intervals over these.
 
@@ -108,7 +108,7 @@ def collect(
         mean |= dict(zip(block.example_ids, found["mean"].double().numpy(), strict=True))
 
     kept = [p for p in sampled if f"{p.example_id}#{ORIGINAL}" in ids]
-    other = _partners(kept, seed)
+    other = _partners(kept, bootstrap.seed)
     entries = []
     for kind in kinds:
         counts = {"affected": 0, "not_found": 0, "same_tokens": 0}
@@ -123,7 +123,7 @@ def collect(
                 cosine, cosine_null = (_cosine(mean[before], mean[i]) for i in (after, partner))
                 values.append([jaccard, null, jaccard - null, cosine, cosine_null, cosine - cosine_null])
         entries.append({"kind": kind, "examples": len(kept), "compared": len(values), **counts})
-        entries[-1] |= _means(np.array(values).reshape(-1, len(MEASURES)), resamples, confidence, seed)
+        entries[-1] |= _means(np.array(values).reshape(-1, len(MEASURES)), bootstrap)
     return {"examples": len(sampled), "too_long": len(sampled) - len(kept), "kinds": entries}
 
 
@@ -149,10 +149,10 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
 
-def _means(values: np.ndarray, resamples: int, confidence: float, seed: int) -> dict[str, float | None]:
+def _means(values: np.ndarray, bootstrap: Bootstrap) -> dict[str, float | None]:
     """Mean of each of MEASURES [n, 6] over examples, with its bootstrap interval; None where there is none."""
     n = len(values)
-    ends = intervals(values, lambda totals: totals / n, resamples, confidence, seed) if n > 1 else None
+    ends = intervals(values, lambda totals: totals / n, bootstrap) if n > 1 else None
     found: dict[str, float | None] = {}
     for k, name in enumerate(MEASURES):
         low, high = (float(ends.low[k]), float(ends.high[k])) if ends else (None, None)

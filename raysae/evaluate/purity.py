@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import silhouette_score
 
-from raysae.evaluate.statistics import intervals
+from raysae.evaluate.statistics import Bootstrap, intervals
 
 DRAWS = 2000
 """Draws behind the purity of random rows."""
@@ -126,14 +126,12 @@ def _mean(totals: np.ndarray) -> np.ndarray:
     return totals[:, 0] / totals[:, 1]
 
 
-def means(
-    columns: dict[str, np.ndarray], resamples: int, confidence: float, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def means(columns: dict[str, np.ndarray], bootstrap: Bootstrap) -> dict[str, dict[str, float]]:
     """By column [m]: `value`, its mean over the latents that have it; `low`, `high`, bootstrapped over them; their `n`."""
     found = {}
     for name, column in columns.items():
         known = column[np.isfinite(column)].astype(np.float64)
-        ends = intervals(np.stack([known, np.ones(len(known))], 1), _mean, resamples, confidence, seed)
+        ends = intervals(np.stack([known, np.ones(len(known))], 1), _mean, bootstrap)
         entry = {key: float(values[0]) for key, values in ends._asdict().items()}
         found[name] = {**entry, "n": len(known)}
     return found

@@ -17,7 +17,7 @@ import pandas as pd
 
 from raysae.data.records import Problem
 from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS, group_sums
-from raysae.evaluate.statistics import intervals
+from raysae.evaluate.statistics import Bootstrap, intervals
 
 AXES = ("dataset", "stratum")
 MIXED = "mixed"
@@ -45,13 +45,11 @@ class Metric(NamedTuple):
         return self.of(pd.DataFrame(totals, columns=self.sums)).to_numpy()
 
     def interval(
-        self, part: pd.DataFrame, of: Callable[[pd.DataFrame], pd.Series], resamples: int, confidence: float, seed: int
+        self, part: pd.DataFrame, of: Callable[[pd.DataFrame], pd.Series], bootstrap: Bootstrap
     ) -> tuple[float, float]:
         """The ends of `of` over the groups of a domain."""
-        ends = intervals(
-            part[self.sums].to_numpy(), lambda t: of(pd.DataFrame(t, columns=self.sums)).to_numpy(), resamples, confidence,
-            seed,
-        )  # fmt: skip
+        sums = part[self.sums].to_numpy()
+        ends = intervals(sums, lambda t: of(pd.DataFrame(t, columns=self.sums)).to_numpy(), bootstrap)
         return float(ends.low[0]), float(ends.high[0])
 
 
@@ -80,9 +78,8 @@ def domains_of(problems: Sequence[Problem]) -> dict[str, dict[str, str]]:
 
 
 def coverage(
-    roots: Sequence[Path], names: Sequence[str], problems: Sequence[Problem], resamples: int, confidence: float,
-    seed: int,
-) -> tuple[pd.DataFrame, dict[str, Any]]:  # fmt: skip
+    roots: Sequence[Path], names: Sequence[str], problems: Sequence[Problem], bootstrap: Bootstrap
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Metrics by domain, and the worst domain by SAE.
 
     roots: the evaluation's folders, one per site.
@@ -111,24 +108,18 @@ def coverage(
                         for name, part in parts.items():
                             few = name not in behind  # where there is no interval, the value must do
                             one = part.sum().to_frame().T
-                            least = (
-                                m.gap(one)[0]
-                                if few
-                                else m.interval(behind[name], m.gap, resamples, confidence, seed)[0]
-                            )
+                            least = m.gap(one)[0] if few else m.interval(behind[name], m.gap, bootstrap)[0]
                             if not least > 0:
                                 table[name][metric] = np.nan
                                 behind.pop(name, None)
                     for name, row in table.items():
                         low = high = math.nan
                         if name in behind:
-                            low, high = m.interval(behind[name], m.of, resamples, confidence, seed)
+                            low, high = m.interval(behind[name], m.of, bootstrap)
                         row |= {f"{metric}_low": low, f"{metric}_high": high}
                     judged = [name for name in behind if name != MIXED]
                     if len({table[name][metric] for name in judged}) > 1:
-                        worst[sae_id][axis][metric] = _worst(
-                            m, {n: behind[n] for n in judged}, resamples, confidence, seed
-                        )
+                        worst[sae_id][axis][metric] = _worst(m, {n: behind[n] for n in judged}, bootstrap)
                 rows += [{"sae_id": sae_id, "axis": axis, "domain": name, **row} for name, row in table.items()]
     facts = {
         "axes": {axis: sorted({*of.values()}) for axis, of in axes.items()},
@@ -148,9 +139,7 @@ def _row(part: pd.DataFrame) -> dict[str, Any]:
         return {**found, **{name: float(m.of(total)) for name, m in METRICS.items()}}
 
 
-def _worst(
-    m: Metric, parts: Mapping[str, pd.DataFrame], resamples: int, confidence: float, seed: int
-) -> dict[str, Any]:
+def _worst(m: Metric, parts: Mapping[str, pd.DataFrame], bootstrap: Bootstrap) -> dict[str, Any]:
     """The worst of the domains in a metric, its ratio to their mean with its interval, and what chance makes of it."""
     values = m.of(pd.DataFrame({name: part.sum() for name, part in parts.items()}).T)
     at = str(values.idxmax() if m.less_is_better else values.idxmin())
@@ -160,11 +149,11 @@ def _worst(
         each = m.of_totals(totals.reshape(-1, len(m.sums))).reshape(-1, len(parts))
         return each[:, which] / each.mean(1)
 
-    ends = intervals([part[m.sums].to_numpy() for part in parts.values()], ratio, resamples, confidence, seed)
+    ends = intervals([part[m.sums].to_numpy() for part in parts.values()], ratio, bootstrap)
 
     every = np.concatenate([part.to_numpy() for part in parts.values()])
     starts = np.cumsum([0, *(len(part) for part in parts.values())])
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(bootstrap.seed)
     dealt = [np.add.reduceat(every[rng.permutation(len(every))], starts[:-1]) for _ in range(PERMUTATIONS)]
     chance = m.of(pd.DataFrame(np.concatenate(dealt), columns=SUMS)).to_numpy().reshape(PERMUTATIONS, -1)
     of_worst = chance.max(1) if m.less_is_better else chance.min(1)

@@ -7,8 +7,8 @@ first found, and the activations in the windows around the rows that it chose.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from raysae.activations.store import Store
 from raysae.errors import UserError
 from raysae.evaluate.contexts import Texts
+from raysae.evaluate.statistics import Bootstrap
 from raysae.sae.sae import SAE
 
 ROWS_AT_ONCE = 8192
@@ -28,6 +29,8 @@ KINDS = ("top", "random")
 class Settings:
     """How much is looked at."""
 
+    bootstrap: Bootstrap
+    """Over latents, behind the intervals of their means."""
     rows: int = 200_000
     """Most rows of the split: the first, which lie in random order."""
     contexts: int = 10
@@ -38,9 +41,17 @@ class Settings:
     silhouette_rows: int = 2000
     null_latents: int = 512
     """Latents of the untrained SAE and random directions that are measured."""
-    bootstrap: int = 1000
-    confidence: float = 0.95
-    seed: int = 0
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn: contexts, latents, shuffles, the untrained SAE."""
+        return self.bootstrap.seed
+
+    def plain(self) -> dict[str, Any]:
+        """As features.json has them."""
+        own = asdict(self)
+        drawn = own.pop("bootstrap")
+        return {**own, "bootstrap": drawn.pop("resamples"), **drawn}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

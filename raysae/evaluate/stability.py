@@ -24,7 +24,7 @@ from torch import Tensor
 
 from raysae.activations.store import Store
 from raysae.data.tokens import TokenBlock
-from raysae.evaluate.statistics import intervals
+from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import write_atomic
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
@@ -292,8 +292,8 @@ def fired(root: Path, names: Sequence[str], sae_id: str) -> np.ndarray:
 
 
 def collect(
-    found: Sequence[Seeds], root: Path, names: Sequence[str], metrics: Mapping[str, Mapping[str, Any]], resamples: int,
-    confidence: float, seed: int,
+    found: Sequence[Seeds], root: Path, names: Sequence[str], metrics: Mapping[str, Mapping[str, Any]],
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of stability.json: `configurations`, `saes` (columns of the table by sae_id), `nulls`, and the rule.
 
@@ -301,8 +301,9 @@ def collect(
     are t intervals and those of shares of latents Wilson's, over latents with the seeds given; those of shares of variance
     are over groups. Pairs of seeds are too few for one: their least and largest are given.
     """
+    confidence = bootstrap.confidence
     shares = {
-        site: _variance_shares(root / site, names, resamples, confidence, seed)
+        site: _variance_shares(root / site, names, bootstrap)
         for site in sorted({str(s.rows["site"].iloc[0]) for s in found})
     }
     saes: dict[str, dict[str, Any]] = {}
@@ -394,7 +395,7 @@ def _of_latents(best: np.ndarray, matched: np.ndarray, confidence: float) -> dic
 
 
 def _variance_shares(
-    root: Path, names: Sequence[str], resamples: int, confidence: float, seed: int
+    root: Path, names: Sequence[str], bootstrap: Bootstrap
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By sae_id and set of latents: its share of the variance that all explain, with its interval ("", "_low", "_high").
 
@@ -410,7 +411,7 @@ def _variance_shares(
             explained = totals[:, :1] - totals[:, 1:]
             return explained / np.where(explained[:, :1] > 0, explained[:, :1], np.nan)
 
-        ends = intervals(sums, shares, resamples, confidence, seed)
+        ends = intervals(sums, shares, bootstrap)
         found[str(sae_id)] = {
             name: {"": float(ends.value[k]), "_low": float(ends.low[k]), "_high": float(ends.high[k])}
             for k, name in enumerate(SETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +20,15 @@ ROUNDING = 1e-14
 """A variance below this part of the columns' own is rounding: the statistic does not vary."""
 
 
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made: groups drawn so many times, what share of intervals hold the truth, and the draws' seed."""
+
+    resamples: int
+    confidence: float
+    seed: int
+
+
 class Intervals(NamedTuple):
     """Estimates and the ends of their intervals, each [metrics]."""
 
@@ -27,9 +37,7 @@ class Intervals(NamedTuple):
     high: np.ndarray
 
 
-def intervals(
-    samples: np.ndarray | Sequence[np.ndarray], statistic: Statistic, resamples: int, confidence: float, seed: int = 0
-) -> Intervals:
+def intervals(samples: np.ndarray | Sequence[np.ndarray], statistic: Statistic, bootstrap: Bootstrap) -> Intervals:
     """Bootstrap-t intervals by group of statistics of totals (Efron & Tibshirani 1993, §12.5).
 
     samples: sums [groups, columns], additive per group; or several, of independent groups, their columns side by side.
@@ -73,14 +81,14 @@ def intervals(
         value, error = (found[0] for found in measure([np.ones((1, len(part))) for part in parts]))
         if min(map(len, parts)) < 2:
             return Intervals(value, *np.full((2, len(value)), np.nan))
-        rngs = [np.random.default_rng(seed + i) for i in range(len(parts))]
+        rngs = [np.random.default_rng(bootstrap.seed + i) for i in range(len(parts))]
         at_once = max(1, AT_ONCE // max(*map(len, parts), columns * (2 * columns + 1)))
         ts = []
-        for start in range(0, resamples, at_once):
-            n = min(at_once, resamples - start)
+        for start in range(0, bootstrap.resamples, at_once):
+            n = min(at_once, bootstrap.resamples - start)
             found, errors = measure([_draw(rng, len(part), n) for rng, part in zip(rngs, parts, strict=True)])
             ts.append(np.where(found == value, 0.0, (found - value) / errors))
-    tail = (1 - confidence) / 2
+    tail = (1 - bootstrap.confidence) / 2
     t = np.quantile(np.concatenate(ts), [1 - tail, tail], axis=0, method="inverted_cdf")  # of inf too
     with np.errstate(invalid="ignore"):
         low, high = (np.where(error == 0, value, value - end * error) for end in t)

@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 
 from raysae.evaluate.fidelity import counted_by, exact_share, group_sums, values_of
-from raysae.evaluate.statistics import intervals
+from raysae.evaluate.statistics import Bootstrap, intervals
 
 METRICS = ("fvu", "l0", "ce_loss_recovered", "ce_delta", "kl")
 
 
 def compare(
     saes: Sequence[str], home: tuple[Path, Sequence[str], Mapping[str, Any]],
-    away: tuple[Path, Sequence[str], Mapping[str, Any]], resamples: int, confidence: float, seed: int,
+    away: tuple[Path, Sequence[str], Mapping[str, Any]], bootstrap: Bootstrap,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """By sae_id: METRICS at home and away with their intervals, and away / home with its.
 
@@ -46,7 +46,7 @@ def compare(
                 def values(totals: np.ndarray, of: Any = of, width: int = both[0].shape[1]) -> np.ndarray:
                     return of[1](totals[:, width:]) / of[0](totals[:, :width])
 
-                found_ends = intervals([part.to_numpy() for part in both], values, resamples, confidence, seed)
+                found_ends = intervals([part.to_numpy() for part in both], values, bootstrap)
                 low, high = float(found_ends.low[0]), float(found_ends.high[0])
             found[sae_id][name] = {
                 "home": here[name], "home_low": here[f"{name}_low"], "home_high": here[f"{name}_high"],

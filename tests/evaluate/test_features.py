@@ -20,13 +20,15 @@ from raysae.data.tokens import read_block, tokenize
 from raysae.errors import UserError
 from raysae.evaluate import features, purity, scan
 from raysae.evaluate.contexts import Texts, pieces_of
+from raysae.evaluate.statistics import Bootstrap
 from raysae.models.embedded import build_tokenizer
 from raysae.models.host import load_tokenizer
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.sae import SAE
 
 SITE, D = "blocks.0.resid_post", 6
-SETTINGS = scan.Settings(contexts=4, reach=3, bins=8, silhouette_rows=300, null_latents=4, bootstrap=50)
+DRAWS = Bootstrap(50, 0.95, 0)
+SETTINGS = scan.Settings(DRAWS, contexts=4, reach=3, bins=8, silhouette_rows=300, null_latents=4)
 
 
 class World:
@@ -227,7 +229,7 @@ def test_chunks_and_limits_do_not_change_what_is_found(world, found, monkeypatch
     drawn = [name for name in table if name.endswith("_active")]  # random rows depend on the chunks
     pd.testing.assert_frame_equal(table.drop(columns=drawn), again.drop(columns=drawn))
     assert [c["top_contexts"] for c in cards] == [c["top_contexts"] for c in other]
-    some, summary, _ = world.measure(scan.Settings(rows=500, contexts=4, bootstrap=50, null_latents=4))
+    some, summary, _ = world.measure(scan.Settings(DRAWS, rows=500, contexts=4, null_latents=4))
     f = world.rows[[f"x{i}" for i in range(D)]].to_numpy()[:500] > 0
     assert summary["rows"] == 500 and np.array_equal(some["active_rows"], f.sum(0))
 

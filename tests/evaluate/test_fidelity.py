@@ -24,7 +24,7 @@ from raysae.evaluate.fidelity import (
     row_sums,
     values_of,
 )
-from raysae.evaluate.statistics import intervals
+from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import write_json
 from raysae.gates.criteria import METRICS
 from raysae.sae import formats
@@ -95,7 +95,7 @@ class World:
 
     def collect(self, *blocks, task=None):
         root = (task or self.task).root
-        return collect(root, [b.name for b in blocks], self.store.mean(SITE), 200, 0.95, 0)
+        return collect(root, [b.name for b in blocks], self.store.mean(SITE), Bootstrap(200, 0.95, 0))
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_two_blocks_are_one_pass(world):
 
 def test_differences_are_read_from_the_blocks_on_disk(world):
     metrics = world.collect(*world.blocks)
-    paired = Paired.read([world.task.root], [b.name for b in world.blocks], metrics, 200, 0.95, 0)
+    paired = Paired.read([world.task.root], [b.name for b in world.blocks], metrics, Bootstrap(200, 0.95, 0))
     for name in ("fvu", "kl", "ce_delta"):
         value, low, high = paired.difference("relu", "topk", lambda m, name=name: m[name])
         assert value == pytest.approx(metrics["relu"][name] - metrics["topk"][name]) and low < value < high
@@ -254,8 +254,9 @@ def test_a_difference_is_paired_by_group():
         return made.assign(squared_error=share * hard * (1 + 0.02 * rng.standard_normal(60)), squared_shifted=1.0)
 
     by = {"a": sums(0.10), "b": sums(0.11), "other": sums(0.1).rename(index=lambda g: f"{g}x")}
-    paired = Paired(by, dict.fromkeys(by, 1.0), 500, 0.95, 3)
-    ends = {i: intervals(by[i].to_numpy(), values_of(["fvu"], 1.0, by[i].columns), 500, 0.95) for i in ("a", "b")}
+    paired = Paired(by, dict.fromkeys(by, 1.0), Bootstrap(500, 0.95, 3))
+    draws = Bootstrap(500, 0.95, 0)
+    ends = {i: intervals(by[i].to_numpy(), values_of(["fvu"], 1.0, by[i].columns), draws) for i in ("a", "b")}
     assert ends["a"].high > ends["b"].low
     found = {i: by[i].squared_error.sum() / 60 for i in ("a", "b")}
     value, low, high = paired.difference("a", "b", lambda m: m.fvu)

@@ -14,6 +14,7 @@ from raysae.data.perturb import ORIGINAL
 from raysae.data.records import make_problem
 from raysae.data.tokens import read_block, tokenize
 from raysae.evaluate import invariance
+from raysae.evaluate.statistics import Bootstrap
 from raysae.models.embedded import build_tokenizer
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
@@ -102,8 +103,9 @@ class Collected:
             mean = torch.from_numpy(np.stack([self.latents[i] for i in ids])).float()
             save_file({"active": mean != 0, "mean": mean}, self.tmp_path / "latents" / f"{entry['name']}.safetensors")
         found = invariance.collect(
-            self.tmp_path / "latents", self.tmp_path / "tokens", self.blocks, self.sampled, ["numbers"], 100, 0.95, 0
-        )
+            self.tmp_path / "latents", self.tmp_path / "tokens", self.blocks, self.sampled, ["numbers"],
+            Bootstrap(100, 0.95, 0),
+        )  # fmt: skip
         return found["kinds"][0]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from raysae.data.records import make_problem
 from raysae.evaluate import risk
+from raysae.evaluate.statistics import Bootstrap
 
 
 def problem(group: str, stratum: str, dataset: str = "d"):
@@ -31,7 +32,7 @@ def world(tmp_path, error_of, sizes, scored=None, seed=0):
                 sums |= {"scored": 9, "nll_clean": 9.0, "nll_spliced": 10.0 + rng.uniform(), "nll_zero": 30.0}
             rows += [{"sae_id": s, "group": group, **sums} for s in ("sae", "control-untrained-relu-8-x")]
     pd.DataFrame(rows).to_parquet(tmp_path / "block.parquet")
-    return lambda extra=(): risk.coverage([tmp_path], ["block"], [*problems, *extra], 200, 0.95, 0)
+    return lambda extra=(): risk.coverage([tmp_path], ["block"], [*problems, *extra], Bootstrap(200, 0.95, 0))
 
 
 def test_metrics_by_domain_and_the_worst(tmp_path):

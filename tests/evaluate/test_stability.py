@@ -12,6 +12,7 @@ from helpers import tiny_store
 from safetensors.torch import save_file
 
 from raysae.evaluate import stability
+from raysae.evaluate.statistics import Bootstrap
 from raysae.gates.criteria import METRICS, apply, load_gate
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
@@ -125,7 +126,7 @@ class World:
             stability.block_errors(torch.device("cpu"), self.names[0], task)
             assert stability.done(task.root, self.names[0])
         metrics = {i: {"fvu": 0.1 + 0.01 * n, "l0": 9.0, "ce_loss_recovered": 0.9} for n, i in enumerate(self.saes)}
-        self.collected = stability.collect(self.found, root / "errors", self.names, metrics, 200, 0.95, 0)
+        self.collected = stability.collect(self.found, root / "errors", self.names, metrics, Bootstrap(200, 0.95, 0))
 
     def match(self, table):
         return stability.match_all(table, self.root / "saes", self.root / "evaluation", self.names, 0)
@@ -214,7 +215,8 @@ def test_degenerate_seeds_that_share_a_dense_mean_and_nothing_else_have_no_recur
     for task in stability.tasks(found, tmp_path / "store", tmp_path / "saes", tmp_path / "errors"):
         stability.block_errors(torch.device("cpu"), name, task)
     metrics = {f"s{seed}": {"fvu": 0.1, "l0": 9.0, "ce_loss_recovered": 0.9} for seed in range(3)}
-    for entry in stability.collect(found, tmp_path / "errors", [name], metrics, 100, 0.95, 0)["saes"].values():
+    whole = stability.collect(found, tmp_path / "errors", [name], metrics, Bootstrap(100, 0.95, 0))
+    for entry in whole["saes"].values():
         assert abs(entry["stability_recurring_variance"]) < 0.05
         gate = load_gate(Path(__file__).parents[2] / "configs/gates/phase4.yaml")
         judged = {v.metric: v for v in apply(gate, {**entry, "n_groups": 200, "effective_groups": 200.0})}
@@ -244,7 +246,7 @@ def test_two_seeds_come_with_a_note_and_a_silent_sae_is_left_out(world, monkeypa
     (two,) = world.match(world.table[world.table["seed"] < 2])
     assert len(two.pairs) == 1 and (two.matched["relu-s0"][D_SAE // 2 : 3 * D_SAE // 4] >= stability.RECURS).all()
     whole = stability.collect([two], world.root / "errors", world.names, {i: {"fvu": 0, "l0": 0, "ce_loss_recovered": 0}
-                              for i in world.saes}, 50, 0.95, 0)  # fmt: skip
+                              for i in world.saes}, Bootstrap(50, 0.95, 0))  # fmt: skip
     assert "3 were asked for" in whole["configurations"][0]["note"]
     fired = stability.fired
     monkeypatch.setattr(stability, "fired", lambda root, names, i: fired(root, names, i) & (i != "relu-s2"))

@@ -9,6 +9,7 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 
 from raysae.evaluate.statistics import (
+    Bootstrap,
     RankScores,
     auroc,
     cohens_d,
@@ -22,7 +23,7 @@ from raysae.evaluate.statistics import (
 
 
 def bootstrap_interval(sums, statistic, resamples, confidence, seed=0):
-    found = intervals(sums, statistic, resamples, confidence, seed)
+    found = intervals(sums, statistic, Bootstrap(resamples, confidence, seed))
     return float(found.low[0]), float(found.high[0])
 
 
@@ -56,7 +57,7 @@ def test_an_interval_is_that_of_students_t_where_it_must_be():
     low, high = bootstrap_interval(np.stack([values, np.ones(40)], 1), ratio, 20_000, 0.95)
     expected = stats.t.interval(0.95, 39, values.mean(), values.std(ddof=1) / np.sqrt(40))
     assert (low, high) == pytest.approx(expected, abs=0.06)
-    half = intervals(values[:, None], lambda t: t / 40, 20_000, 0.95)
+    half = intervals(values[:, None], lambda t: t / 40, Bootstrap(20_000, 0.95, 0))
     assert (half.low[0], half.high[0]) == pytest.approx(
         (low, high), abs=1e-6
     )  # a count that does not vary tells nothing
@@ -65,7 +66,7 @@ def test_an_interval_is_that_of_students_t_where_it_must_be():
 def test_what_does_not_vary_has_an_interval_of_no_width():
     sizes = np.arange(1.0, 30)
     for of in (ratio, lambda t: np.log(t[:, 0] / t[:, 1])):
-        found = intervals(np.stack([8 * sizes, sizes], 1), of, 200, 0.95)
+        found = intervals(np.stack([8 * sizes, sizes], 1), of, Bootstrap(200, 0.95, 0))
         assert found.low == found.value == found.high
 
 
@@ -75,9 +76,8 @@ def test_a_paired_difference_is_of_the_same_groups():
     size, hard = rng.integers(5, 50, 60), rng.gamma(1, size=60)
     one, two = (size * hard * share * (1 + 0.02 * rng.standard_normal(60)) for share in (0.10, 0.11))
     both = np.stack([one, two, size], 1)
-    found = intervals(
-        both, lambda t: np.stack([t[:, 0] / t[:, 2], t[:, 1] / t[:, 2], (t[:, 0] - t[:, 1]) / t[:, 2]], 1), 500, 0.95
-    )
+    ratios = lambda t: np.stack([t[:, 0] / t[:, 2], t[:, 1] / t[:, 2], (t[:, 0] - t[:, 1]) / t[:, 2]], 1)  # noqa: E731
+    found = intervals(both, ratios, Bootstrap(500, 0.95, 0))
     assert found.high[0] > found.low[1] and found.high[2] < 0
 
 
@@ -85,7 +85,7 @@ def test_samples_of_their_own_groups_are_drawn_apart():
     """The variance of a difference of two independent means is the sum of theirs."""
     rng = np.random.default_rng(0)
     one, two = rng.normal(3, 1, (60, 1)), rng.normal(1, 2, (30, 1))
-    found = intervals([one, two], lambda t: t[:, 0] / 60 - t[:, 1] / 30, 4000, 0.95)
+    found = intervals([one, two], lambda t: t[:, 0] / 60 - t[:, 1] / 30, Bootstrap(4000, 0.95, 0))
     expected = stats.ttest_ind(one[:, 0], two[:, 0], equal_var=False).confidence_interval(0.95)
     assert (found.low[0], found.high[0]) == pytest.approx((expected.low, expected.high), abs=0.1)
 
@@ -130,7 +130,7 @@ def test_a_column_that_is_not_finite_spoils_no_other():
     sums = draw(np.random.default_rng(4), 30)
     spoilt = np.concatenate([sums, np.full((30, 1), 1.0)], axis=1)
     spoilt[3, 2] = np.inf
-    found = intervals(spoilt, lambda t: np.stack([ratio(t), t[:, 2] / t[:, 1]], 1), 100, 0.9)
+    found = intervals(spoilt, lambda t: np.stack([ratio(t), t[:, 2] / t[:, 1]], 1), Bootstrap(100, 0.9, 0))
     low, high = bootstrap_interval(sums, ratio, 100, 0.9)
     assert (found.low[0], found.high[0]) == pytest.approx((low, high)) and np.isnan([found.low[1], found.high[1]]).all()
 

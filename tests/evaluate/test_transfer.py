@@ -8,6 +8,7 @@ import pytest
 
 from raysae.evaluate import transfer
 from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS
+from raysae.evaluate.statistics import Bootstrap
 
 
 def place(root, error, delta, seed, groups=80, shifted=200.0):
@@ -43,7 +44,7 @@ def place(root, error, delta, seed, groups=80, shifted=200.0):
 
 def test_the_ratio_and_its_interval(tmp_path):
     home, away = place(tmp_path / "home", 0.1, 0.2, 0), place(tmp_path / "away", 0.15, 0.2, 1, shifted=400.0)
-    found = transfer.compare(["one"], home, away, 500, 0.95, 0)["one"]
+    found = transfer.compare(["one"], home, away, Bootstrap(500, 0.95, 0))["one"]
     fvu = found["fvu"]
     assert fvu["ratio"] == pytest.approx(away[2]["one"]["fvu"] / home[2]["one"]["fvu"])
     assert fvu["ratio_low"] < fvu["ratio"] < fvu["ratio_high"]
@@ -56,20 +57,20 @@ def test_the_ratio_and_its_interval(tmp_path):
 def test_the_datasets_are_drawn_independently(tmp_path):
     """Even equal ones: a ratio of two samples is not known to be 1."""
     home = place(tmp_path / "home", 0.1, 0.2, 0)
-    fvu = transfer.compare(["one"], home, home, 500, 0.95, 0)["one"]["fvu"]
+    fvu = transfer.compare(["one"], home, home, Bootstrap(500, 0.95, 0))["one"]["fvu"]
     assert fvu["ratio"] == 1 and fvu["ratio_low"] < 0.99 and fvu["ratio_high"] > 1.01
 
 
 def test_no_ratio_to_what_may_be_zero(tmp_path):
     home, away = place(tmp_path / "home", 0.1, 0.001, 0), place(tmp_path / "away", 0.15, 0.2, 1)
-    found = transfer.compare(["one"], home, away, 100, 0.95, 0)["one"]
+    found = transfer.compare(["one"], home, away, Bootstrap(100, 0.95, 0))["one"]
     assert all(np.isnan(found["ce_delta"][f"ratio{end}"]) for end in ("", "_low", "_high"))
     assert np.isfinite(found["fvu"]["ratio"])
 
 
 def test_seeds_are_averaged_and_one_has_no_spread(tmp_path):
     home, away = place(tmp_path / "home", 0.1, 0.2, 0), place(tmp_path / "away", 0.15, 0.2, 1)
-    found = transfer.compare(["one", "two"], home, away, 100, 0.95, 0)
+    found = transfer.compare(["one", "two"], home, away, Bootstrap(100, 0.95, 0))
     over = transfer.over_seeds(found)["fvu"]
     values = [found[i]["fvu"]["ratio"] for i in ("one", "two")]
     assert (over["ratio_mean"], over["ratio_sd"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))

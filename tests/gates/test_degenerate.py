@@ -23,6 +23,7 @@ from raysae.data.splits import assign_splits
 from raysae.data.tokens import TokenBlock, read_block, tokenize
 from raysae.evaluate import nulls
 from raysae.evaluate.fidelity import Measurement, Paired, collect, measure_block
+from raysae.evaluate.statistics import Bootstrap
 from raysae.files import write_json
 from raysae.gates.criteria import apply, load_gate, passes
 from raysae.gates.select import by_metric
@@ -97,8 +98,8 @@ class World:
             self.store.path, SITE, tuple((i, folder / "saes" / i) for i in ids), folder / "found", 4096, 1.0
         )
         measure_block(self.host, self.block, task)
-        metrics = collect(task.root, [self.block.name], self.store.mean(SITE), 200, 0.95, 0)
-        paired = Paired.read([task.root], [self.block.name], metrics, 200, 0.95, 0)
+        metrics = collect(task.root, [self.block.name], self.store.mean(SITE), Bootstrap(200, 0.95, 0))
+        paired = Paired.read([task.root], [self.block.name], metrics, Bootstrap(200, 0.95, 0))
         size = {"site": SITE, "d_in": D, "d_sae": sae.config.d_sae, "expansion_factor": sae.config.d_sae / D}
         row = {**metrics["it"], **size, "sae_id": "it", "dead_fraction": float((f == 0).all(0).float().mean())}
         controls = {name: {**metrics[name], **known, "sae_id": name} for name, known in facts.items()}
@@ -278,8 +279,8 @@ def test_a_good_sae_of_stories260k_passes_the_default_gate(shared, tmp_path):
     for block in blocks:
         if block.name in names:
             measure_block(host, block, Measurement(trial.store, site, ids, tmp_path / "found", 4096, 0.5))
-    metrics = collect(tmp_path / "found", names, Store(trial.store).mean(site), 300, 0.95, 0)
-    paired = Paired.read([tmp_path / "found"], names, metrics, 300, 0.95, 0)
+    metrics = collect(tmp_path / "found", names, Store(trial.store).mean(site), Bootstrap(300, 0.95, 0))
+    paired = Paired.read([tmp_path / "found"], names, metrics, Bootstrap(300, 0.95, 0))
     size = {"site": site, "d_in": 64, "d_sae": 512, "sae_id": "it"}
     row = {**metrics["it"], **size, "dead_fraction": metrics["it"]["never_fired_fraction"]}
     controls = {name: {**metrics[name], **known, "sae_id": name} for name, known in found.items()}
