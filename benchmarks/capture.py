@@ -11,7 +11,7 @@ What is counted:
 - bare: `ModelHost.read` of the block's micro-batches, and nothing else. The micro-batches are made beforehand.
 - plain: `capture_block`: micro-batches, forward, bf16 rows in their places, finite check, moments, Parquet columns,
   safetensors, sha256, renames. Bare and plain alternate in this process.
-- Ray: the real path, `on_ray.map_blocks`, with its pool of one actor. Blocks alternate between capture and bare forward
+- Ray: the real path, `hosts.map_blocks`, with its pool of one actor. Blocks alternate between capture and bare forward
   (the same process, threads and neighbours), and a captured block is charged from the end of the block before it to its
   own end. So Ray's scheduling, reading of tokens, hand-over of results and the note of the attempt are all in it; the
   actor's start and the first blocks are not.
@@ -38,13 +38,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from raysae.activations.capture import CaptureSettings, capture_block
-from raysae.activations.on_ray import map_blocks
-from raysae.cluster import place_hosts
 from raysae.data.sources import load_problems
 from raysae.data.splits import assign_splits
 from raysae.data.tokens import TokenBlock, micro_batches, read_block, tokenize
 from raysae.models.embedded import build_tokenizer
 from raysae.models.host import ModelHost, load_tokenizer
+from raysae.on_ray.hosts import map_blocks
+from raysae.placement import place_hosts
 
 WARM_UP = 2
 """Pairs of blocks that an actor does before any counts."""

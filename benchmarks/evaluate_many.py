@@ -5,7 +5,7 @@
 8 TopK SAEs of 512 latents, k 16, untrained, since their quality does not change what they cost, on TinyStories,
 stories260K (5 blocks, d 64), blocks.2.resid_post and blocks.4.resid_post. The target is a ratio of 2. Two ways to ask:
 
-- in a run: the evaluation stage, `on_ray.map_blocks` over a split in a pool of hosts, from their start to their end. First
+- in a run: the evaluation stage, `hosts.map_blocks` over a split in a pool of hosts, from their start to their end. First
   the validation split, all of it scored; then the training split, of which the default 50,000 tokens are scored and the
   other rows are reconstructed only. The hosts' start, some ten seconds, is shared: as much as a run pays.
 - on a host: `measure_block` on one validation block of about 16,000 tokens, all scored, on a host that is there. The SAEs
@@ -36,14 +36,14 @@ import pandas as pd
 import quality
 import torch
 
-from raysae.activations.on_ray import map_blocks
 from raysae.activations.store import Store
-from raysae.cluster import place_hosts
 from raysae.config import EvaluationConfig
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate import fidelity
 from raysae.evaluate.fidelity import Measurement, measure_block
 from raysae.models.host import ModelHost
+from raysae.on_ray.hosts import map_blocks
+from raysae.placement import place_hosts
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.train import untrained

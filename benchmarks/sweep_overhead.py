@@ -4,7 +4,7 @@
 
 Sixteen SAEs (relu and topk, expansion factors 4 and 8, four coefficients each) of d_in 96, one to a trial, no pruning.
 
-- sweep: `sweep.on_ray.run_sweep` from start to end, in a Ray cluster that is already up: trials' processes with their
+- sweep: `on_ray.tune.run_sweep` from start to end, in a Ray cluster that is already up: trials' processes with their
   imports, searching, reading the store, validation at rungs, reports, checkpoints, saving the SAEs.
 - steps: `Pack.train` of each SAE over the same batches of the same store, summed, in this process with all cores'
   threads. Building the SAE and opening the store are left out. Half of them run before the sweep, half after it.
@@ -30,9 +30,9 @@ import common
 import torch
 
 from raysae.activations.store import Store
-from raysae.cluster import place_trials
+from raysae.on_ray.tune import PackSearch, run_sweep
+from raysae.placement import place_trials
 from raysae.sae.train import Member, Pack
-from raysae.sweep.on_ray import PackSearch, run_sweep
 from raysae.sweep.space import Common, members, proposals, recipe
 from raysae.sweep.trial import Trial, input_scale
 

@@ -20,12 +20,12 @@ import torch
 from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.artifacts import MANIFEST, size_of
-from raysae.cluster import device
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate import fidelity
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import write_json
 from raysae.models.host import ModelHost
+from raysae.placement import device
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.train import Member, Recipe, untrained

@@ -45,7 +45,7 @@ class Evidence(Stages):
             begun, trained = perf_counter(), [0.0]
 
             def train(trial: Any, packs: Any) -> None:
-                from raysae.sweep.on_ray import train_packs
+                from raysae.on_ray.tune import train_packs
 
                 placement = self.cluster.trials()
                 what = f"train nulls{' on shuffled rows' if trial.shuffled else ''}"

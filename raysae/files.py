@@ -364,3 +364,24 @@ def inside(folder: Path, *names: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: leads out of {folder}; remove the link")
     return path
+
+
+def output_root(path: Path, given: bool) -> Path:
+    """The absolute output root; refuses a relative one inside a job's temporary folder, where results would be lost."""
+    if not given and os.environ.get("RAYSAE_OUTPUT"):
+        path = Path(os.environ["RAYSAE_OUTPUT"]).expanduser()
+    if not path.is_absolute() and "_ray_pkg_" in str(Path.cwd()):
+        raise UserError(
+            f"output: {path} is relative, inside the job's temporary folder; give an absolute one "
+            "(--output or RAYSAE_OUTPUT)"
+        )
+    path = path.absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"output: {there} is not a folder; give another (--output or RAYSAE_OUTPUT)")
+    for folder in (there, path / "stages"):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"output: {folder} cannot be written to; give one that is yours (--output or RAYSAE_OUTPUT)"
+            )
+    return path

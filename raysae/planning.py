@@ -23,7 +23,6 @@ from raysae.activations.store import Store
 from raysae.artifacts import Stage, size_of
 from raysae.budget import spending
 from raysae.calibrate import HostWork, calibrate_training
-from raysae.cluster import at_once
 from raysae.config import SweepJob
 from raysae.evaluate.nulls import TRAINED
 from raysae.files import read_json
@@ -195,6 +194,8 @@ def _calibrate(flow: Flow, tokens: Stage, points: Sequence[Proposal], model: str
         work_of = [
             (flow.trial(folder / "store", flow.recipe(), 2, folder / f"trial{i}", {}), chosen) for i in range(many)
         ]
+        from raysae.on_ray.cluster import at_once
+
         measured = at_once(calibrate_training, work_of, trials)
     saes: dict[Kind, SAERates] = {}
     for i, (_, config) in enumerate(configs):

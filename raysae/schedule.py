@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from raysae.budget import ITEMS
-from raysae.cluster import Placement
+from raysae.placement import Placement
 from raysae.units import duration, size
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -14,14 +14,13 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from raysae import __version__
 from raysae.artifacts import FAILED, Stage, fingerprint, finished_stage, stage
-from raysae.cluster import Cluster, Placement, connect, disconnect, output_root, pack_size
 from raysae.config import DataConfig, SweepConfig, SweepJob
 from raysae.data.duplicates import near_duplicates
 from raysae.data.records import read_records, write_records
@@ -30,12 +29,13 @@ from raysae.data.splits import assign_splits, unseen
 from raysae.data.tokens import tokenize
 from raysae.errors import Fault, UserError
 from raysae.evaluate.statistics import Bootstrap
-from raysae.files import read_table, sha256_of, write_atomic, write_json
+from raysae.files import output_root, read_table, sha256_of, write_atomic, write_json
 from raysae.models.embedded import build_tokenizer, embedded_facts, train_embedded
 from raysae.models.foreign import saelens_hooks
 from raysae.models.host import ModelFacts, fingerprint_of, load_tokenizer, model_facts
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
+from raysae.placement import Placement, pack_size
 from raysae.progress import Progress, say
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
@@ -43,6 +43,9 @@ from raysae.sae.train import Recipe
 from raysae.sweep.collect import asked, curves, ended, training_table
 from raysae.sweep.replay import Replay
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, check_space, proposals, recipe, width
+
+if TYPE_CHECKING:
+    from raysae.on_ray.cluster import Cluster
 
 STAGE_VERSIONS = {
     "model": 1, "records": 2, "tokens": 2, "store": 2, "sweep": 8, "nulls": 3, "null_model": 1, "evaluation": 6,
@@ -100,6 +103,8 @@ class Stages:
 
     def close(self) -> None:
         if self._cluster is not None:
+            from raysae.on_ray.cluster import disconnect
+
             disconnect(self._cluster)
 
     def model(self) -> str:
@@ -261,7 +266,7 @@ class Stages:
         tokens_each = shared.steps * shared.batch_size
 
         def build(path: Path) -> Mapping[str, Any]:
-            from raysae.sweep.on_ray import PackSearch, run_sweep
+            from raysae.on_ray.tune import PackSearch, run_sweep
 
             placement = self.cluster.trials()
             together = self.pack_size(placement)
@@ -410,7 +415,7 @@ class Stages:
         return replace(trial, hooks=self._saelens_hooks(store))
 
     def pack_size(self, placement: Placement) -> int:
-        """SAEs in a trial: see `cluster.pack_size`."""
+        """SAEs in a trial: see `placement.pack_size`."""
         size = self.config.sweep.pack_size
         if size != "auto" or not placement.gpus:
             return 1 if size == "auto" else size
@@ -455,6 +460,8 @@ class Stages:
     def cluster(self) -> Cluster:
         """The Ray cluster, joined or started when a stage first needs it."""
         if self._cluster is None:
+            from raysae.on_ray.cluster import connect
+
             self._cluster = connect(self.config.cluster)
             c = self._cluster
             say(f"Ray: {c.cpus:g} CPUs, {c.gpus} GPUs; dashboard {c.dashboard or 'off'}")
@@ -484,7 +491,7 @@ class Stages:
     def _map_blocks(
         self, what: str, blocks: list, tokens: Path, root: Path, model: str, work: Any, placement: Placement
     ) -> float:
-        from raysae.activations.on_ray import map_blocks
+        from raysae.on_ray.hosts import map_blocks
 
         m = self.config.model
         loading = {

@@ -13,14 +13,13 @@ import threading
 import time
 from glob import glob
 
-import raysae.sweep.on_ray
-from raysae.activations import on_ray
 from raysae.config import SweepJob, load_config
 from raysae.evaluate import features, nulls, risk
 from raysae.flow import sweep
 from raysae.job import run_job
+from raysae.on_ray import hosts, tune
 
-IMPORTED = (raysae.sweep.on_ray, on_ray, features, nulls, risk)
+IMPORTED = (hosts, tune, features, nulls, risk)
 
 
 def set_trap(number: int, when: str, pattern: str) -> None:

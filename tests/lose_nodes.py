@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from small import SweepJob
 
-import raysae.cluster  # noqa: F401 sets Ray's environment before Ray is imported
+import raysae.on_ray  # noqa: F401 sets Ray's environment before Ray is imported
 
 
 def main(config: Path) -> None:

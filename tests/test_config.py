@@ -8,9 +8,9 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from raysae.cluster import output_root
 from raysae.config import NULLS, ProbeJob, Section, SweepJob, dump_yaml, load_config, validate
 from raysae.errors import UserError
+from raysae.files import output_root
 from raysae.sae.architectures import ARCHITECTURES, initial_parameters
 from raysae.sweep.space import Common, members, proposals
 

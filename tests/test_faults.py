@@ -26,7 +26,7 @@ from raysae.activations.store import Store
 from raysae.artifacts import Stage
 from raysae.errors import CaptureError
 from raysae.flow import Flow
-from raysae.sweep import on_ray
+from raysae.on_ray import tune as on_ray
 from raysae.sweep.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]

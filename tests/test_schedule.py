@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from raysae.budget import spending
-from raysae.cluster import Placement
 from raysae.config import SweepJob, validate
+from raysae.placement import Placement
 from raysae.planning import Plan, left_out
 from raysae.schedule import (
     TUNE_BYTES,

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from small import small_job
 
-from raysae.cluster import Placement
 from raysae.errors import Fault
+from raysae.placement import Placement
 from raysae.stages import Stages, refuse_partial
 
 

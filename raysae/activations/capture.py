@@ -1,4 +1,4 @@
-"""Capture: token blocks in, store shards out. Plain functions; `on_ray.py` maps them over hosts.
+"""Capture: token blocks in, store shards out. Plain functions; a bench maps them over hosts.
 
 A block becomes one shard. Its sequences are a random draw of the split's (the token stage shuffles them), and its rows
 are permuted as they are written, so training reads shards front to back. Each file is written under a temporary name and

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from raysae import cluster
 from raysae.errors import UserError
+from raysae.on_ray import cluster
 
 
 @pytest.fixture
@@ -66,8 +66,9 @@ LOCAL = """
 import json, os, stat, subprocess, sys
 from pathlib import Path
 import psutil
-from raysae.cluster import Placement, at_once, connect, disconnect
 from raysae.config import ClusterConfig
+from raysae.on_ray.cluster import at_once, connect, disconnect
+from raysae.placement import Placement
 
 def environment():
     return dict(os.environ)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raysae.cluster import pack_size, place_trials
+from raysae.placement import pack_size, place_trials
 
 GB = 1e9
 

@@ -63,7 +63,7 @@ def test_a_table_of_other_ids_is_no_sweeps():
 
 
 def test_a_trial_drops_what_is_due_at_its_rung_and_says_why(monkeypatch, tmp_path):
-    from raysae.sweep import on_ray
+    from raysae.on_ray import tune as on_ray
 
     one, two = trained(seeds=(0,))[1], trained(seeds=(0,))[3]
     dropped = []

@@ -9,10 +9,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-import raysae.cluster  # noqa: F401 sets Ray's environment before Ray is imported
 from raysae.files import write_json
-from raysae.sweep import on_ray
-from raysae.sweep.on_ray import PackSearch
+from raysae.on_ray import tune as on_ray
+from raysae.on_ray.tune import PackSearch
 from raysae.sweep.space import Common, proposals
 
 WIDTHS = {"blocks.0.resid_post": 16, "blocks.1.resid_post": 16}

@@ -28,8 +28,9 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raysae.artifacts import fingerprint
-from raysae.cluster import Placement, device, environment_of_workers
 from raysae.files import write_json
+from raysae.on_ray.cluster import environment_of_workers
+from raysae.placement import Placement, device
 from raysae.progress import Progress, say
 from raysae.sae.architectures import COEFFICIENTS, SAEConfig
 from raysae.sae.losses import Losses

@@ -17,10 +17,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
 from raysae.activations import capture
-from raysae.cluster import Placement, device
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.errors import CaptureError, UserError
 from raysae.models.host import ModelHost
+from raysae.placement import Placement, device
 from raysae.progress import Progress
 
 OURS = re.compile(r"raysae\.errors\.(UserError|CaptureError): (.*)")
