@@ -16,15 +16,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from raysae.activations.store import SCHEMA_VERSION
+from raysae.activations.write import facts_of, manifest_of, write_shard
+from raysae.activations.write import is_written as done
 from raysae.data.tokens import TokenBlock, micro_batches
 from raysae.errors import CaptureError, UserError
-from raysae.files import read_json, sha256_of, write_atomic, write_json
 from raysae.models.host import ModelHost
 
 
@@ -76,25 +73,10 @@ def capture_block(host: ModelHost, block: TokenBlock, root: Path, settings: Capt
     for x in x_of.values() if settings.max_norm_ratio and bool(finite.any()) else ():
         norm = x.float().norm(dim=1)
         usual &= norm <= settings.max_norm_ratio * norm[finite].median()
-    kept = usual.numpy()
-    facts: dict[str, Any] = {"name": block.name, "split": block.split, "rows": int(kept.sum())}
-    facts["non_finite"] = rows - int(finite.sum())
-    facts["norm_outliers"] = rows - facts["non_finite"] - facts["rows"]
-    facts["sites"], sha256 = {}, {}
-    for site, x in x_of.items():
-        x = x if facts["rows"] == rows else x[usual]
-        facts["sites"][site] = _moments(x)
-        sha256[_write(root, f"{site}/{block.name}.safetensors", lambda p, x=x: save_file({"x": x}, p))] = ""
-    table = columns if facts["rows"] == rows else columns.filter(pa.array(kept))
-    sha256[_write(root, f"rows/{block.name}.parquet", lambda p: pq.write_table(table, p))] = ""
-    facts["sha256"] = {relative: sha256_of(root / relative) for relative in sha256}
-    write_json(_facts_file(root, block.name), facts)
-    return facts
-
-
-def _moments(x: Tensor) -> dict[str, Any]:
-    x64 = x.double()
-    return {"sum": x64.sum(0).tolist(), "sum_squares": x64.square().sum().item(), "d_model": x.shape[1]}
+    kept, non_finite = int(usual.sum()), rows - int(finite.sum())
+    stored = ((site, x if kept == rows else x[usual]) for site, x in x_of.items())
+    table = columns if kept == rows else columns.filter(pa.array(usual.numpy()))
+    return write_shard(root, block.name, block.split, stored, table, non_finite, rows - non_finite - kept)
 
 
 def _row_columns(block: TokenBlock, order: np.ndarray) -> pa.Table:
@@ -124,24 +106,6 @@ def _row_columns(block: TokenBlock, order: np.ndarray) -> pa.Table:
     )
 
 
-def _write(root: Path, relative: str, write: Any) -> str:
-    path = root / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, write)
-    return relative
-
-
-def _facts_file(root: Path, name: str) -> Path:
-    path = root / "shards" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def done(root: Path, name: str) -> bool:
-    """Whether the block of this name has been captured below `root`."""
-    return _facts_file(root, name).exists()
-
-
 def attempt(root: Path, name: str, limit: int) -> None:
     """Note that work on `name` begins; raise CaptureError once its process has died on it more than `limit` times.
 
@@ -167,15 +131,11 @@ def finish(
     model: dict[str, Any],
     max_non_finite_fraction: float,
 ) -> dict[str, Any]:
-    """The store's manifest from its shards' facts; checks that every kept token became a row, once.
-
-    mean and mean_square_norm are of the training rows: validation and test have no part in the input scale. In a store
-    without training rows, of a dataset that is held out, they are of all rows.
-    """
+    """The store's manifest from its shards' facts; checks that every kept token became a row, once."""
     absent = [block["name"] for block in blocks if not done(root, block["name"])]
     if absent:
         raise CaptureError(f"capture: {len(absent)} of {len(blocks)} blocks have no shard, such as {absent[0]}")
-    shards = [read_json(_facts_file(root, block["name"])) for block in blocks]
+    shards = [facts_of(root, block["name"]) for block in blocks]
     non_finite = sum(s["non_finite"] for s in shards)
     tokens = sum(block["rows"] for block in blocks)
     if non_finite > max_non_finite_fraction * tokens:
@@ -183,28 +143,7 @@ def finish(
             f"capture.max_non_finite_fraction: {non_finite} of {tokens} rows hold NaN or inf "
             f"({non_finite / tokens:.2%}, allowed {max_non_finite_fraction:.2%}); with float16 try bfloat16"
         )
-    rows, outliers = sum(s["rows"] for s in shards), sum(s["norm_outliers"] for s in shards)
-    if rows + non_finite + outliers != tokens:
+    rows = sum(s["rows"] for s in shards)
+    if rows + non_finite + sum(s["norm_outliers"] for s in shards) != tokens:
         raise CaptureError(f"capture: {tokens} tokens were to be captured, the shards hold {rows} rows")
-    sites = {}
-    scaled_by = [s for s in shards if s["split"] == "train"] or shards
-    for site in settings.sites:
-        train = [s["sites"][site] for s in scaled_by]
-        count = sum(s["rows"] for s in scaled_by)
-        sites[site] = {
-            "d_model": train[0]["d_model"],
-            "mean": (np.sum([t["sum"] for t in train], axis=0) / count).tolist(),
-            "mean_square_norm": sum(t["sum_squares"] for t in train) / count,
-            "non_finite": non_finite,
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": model,
-        "sites": sites,
-        "dtype": settings.dtype,
-        "norm_outliers": outliers,
-        "rows": {
-            split: sum(s["rows"] for s in shards if s["split"] == split) for split in ("train", "validation", "test")
-        },
-        "shards": [{key: s[key] for key in ("name", "split", "rows", "sha256")} for s in shards],
-    }
+    return manifest_of(shards, settings.sites, settings.dtype, model)

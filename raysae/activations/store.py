@@ -32,7 +32,7 @@ from raysae.files import sha256_of
 
 SCHEMA_VERSION = 1
 ROW_COLUMNS = ("example_id", "group", "sequence_id", "position", "token_id", "step", "split")
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Store:
 
     def check_model(self, fingerprint: dict[str, Any]) -> None:
         """Refuse a store that another model made."""
-        made_with = self.manifest["model"]
+        made_with = self.manifest["model"] or {"name": "vectors of no model"}
         keys = [key for key in ("class", "revision", "weights", "config") if key != "config" or key in made_with]
         if any(made_with.get(key) != fingerprint.get(key) for key in keys):
             raise UserError(
@@ -171,15 +171,6 @@ class Store:
                 left -= parts[-1].shape[0]
         return torch.cat(parts)
 
-    def sequences(self, site: str, split: str) -> Iterator[tuple[str, np.ndarray, Tensor]]:
-        """(example_id, positions [n], x [n, d_model]) per example, positions ascending: for losses that need neighbours.
-
-        An example that was cut over several shards comes once, whole.
-        """
-        index = _RowIndex(self, split)
-        for rows in index.examples:
-            yield index.example_id(rows[0]), index.positions[rows], self._gather(site, index, rows)
-
     def labelled_batches(
         self, site: str, split: str, batch_size: int, label: str, *, neighbours: bool, seed: int = 0, start: int = 0
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -228,17 +219,14 @@ class _RowIndex:
         columns = ["example_id", "position", *([label] if label else [])]
         tables = [store.row_columns(name, columns) for name in self.names]
         ids = pa.concat_tables(tables)["example_id"].combine_chunks().dictionary_encode()
-        self._ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-        self.codes: np.ndarray = self._ids.indices.to_numpy()
+        ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+        self.codes: np.ndarray = ids.indices.to_numpy()
         self.positions = np.concatenate([t["position"].to_numpy() for t in tables])
         self.labels = np.concatenate([t[label].to_numpy() for t in tables]) if label else np.empty(0)
         self.shard_of = np.repeat(np.arange(len(self.names)), [t.num_rows for t in tables])
         self.row_of = np.concatenate([np.arange(t.num_rows) for t in tables])
         in_order = np.lexsort((self.positions, self.codes))
         self.examples = np.split(in_order, np.flatnonzero(np.diff(self.codes[in_order])) + 1)
-
-    def example_id(self, row: int) -> str:
-        return self._ids.dictionary[int(self.codes[row])].as_py()
 
     def order(self, rng: np.random.Generator, neighbours: bool) -> np.ndarray:
         """An epoch's order of the rows: by shuffled example, or by shuffled shard."""
@@ -266,7 +254,7 @@ def _map_tensor(path: Path) -> Tensor:
             header = json.loads(file.read(length))["x"]
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         mapped.madvise(mmap.MADV_SEQUENTIAL)
-        dtype = _DTYPES[header["dtype"]]
+        dtype = DTYPES[header["dtype"]]
         shape = header["shape"]
         if 0 in shape:
             return torch.empty(shape, dtype=dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import BOS, block_entry, tiny_block, tiny_host
 
-from raysae.activations import capture
+from raysae.activations import capture, write
 from raysae.activations.capture import CaptureSettings, attempt, capture_block, finish
 from raysae.activations.store import Store
 from raysae.errors import CaptureError, UserError
@@ -99,7 +99,7 @@ def test_a_block_is_done_only_when_its_facts_are_there(host, blocks, tmp_path, m
     def crash(*_):
         raise RuntimeError("killed")
 
-    monkeypatch.setattr(capture, "write_json", crash)
+    monkeypatch.setattr(write, "write_json", crash)
     with pytest.raises(RuntimeError):
         capture_block(host, blocks[0], tmp_path, SETTINGS)
     assert not capture.done(tmp_path, blocks[0].name)

@@ -94,31 +94,7 @@ def test_writing_to_what_was_read_does_not_change_the_file(store):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sequences
-
-
-def test_sequences_come_whole_and_in_order_however_rows_lie(tmp_path):
-    """Example a lies in both shards, b in the first, c in the second; rows are shuffled; positions have gaps."""
-    rows = [("a", p) for p in (1, 2, 3, 5, 8)] + [("b", p) for p in (0, 1, 2)] + [("c", p) for p in (4, 7)]
-    first = [rows[i] for i in (6, 1, 4, 5, 0, 7)]
-    second = [rows[i] for i in (8, 3, 9, 2)]
-
-    def x_of(part):
-        return torch.tensor([[ord(e), p] for e, p in part], dtype=torch.float32)
-
-    def columns(part):
-        return {"example_id": [e for e, _ in part], "position": [p for _, p in part]}
-
-    store = tiny_store(
-        tmp_path,
-        [("train", x_of(first)), ("test", x_of(rows)), ("train", x_of(second))],
-        columns={0: columns(first), 1: columns(rows), 2: columns(second)},
-    )
-    found = list(store.sequences(SITE, "train"))
-    assert sorted(example for example, _, _ in found) == ["a", "b", "c"]
-    for example, positions, x in found:
-        assert positions.tolist() == [p for e, p in rows if e == example]
-        assert x[:, 1].tolist() == positions.tolist() and set(x[:, 0].tolist()) == {ord(example)}
+# Rows with labels and neighbours
 
 
 @pytest.fixture
