@@ -30,9 +30,11 @@ import common
 import torch
 
 from raysae.activations.store import Store
-from raysae.on_ray.tune import PackSearch, run_sweep
+from raysae.on_ray.tune import run_sweep
 from raysae.placement import place_trials
 from raysae.sae.train import Member, Pack
+from raysae.sweep.prune import Pruning
+from raysae.sweep.search import PackSearch
 from raysae.sweep.space import Common, members, proposals, recipe
 from raysae.sweep.trial import Trial, input_scale
 
@@ -94,7 +96,7 @@ def measure(store: Path, root: Path, steps: int) -> dict[str, float]:
 
     def sweep() -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # Tune's tables
-            errors = run_sweep(search, trial, placement, 0, None, 0.0, None)
+            errors = run_sweep(search, trial, Pruning(), placement, 0)
         if errors:
             raise RuntimeError(f"trials failed: {errors}")
 

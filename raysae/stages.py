@@ -266,7 +266,9 @@ class Stages:
         tokens_each = shared.steps * shared.batch_size
 
         def build(path: Path) -> Mapping[str, Any]:
-            from raysae.on_ray.tune import PackSearch, run_sweep
+            from raysae.on_ray.tune import run_sweep
+            from raysae.sweep.prune import Pruning
+            from raysae.sweep.search import PackSearch
 
             placement = self.cluster.trials()
             together = self.pack_size(placement)
@@ -284,11 +286,9 @@ class Stages:
                 f"sweep: {len(plan) * len(s.seeds)} SAEs of {tokens_each:,} tokens each, {packed}"
                 f"{placement.workers} at once; watch: tensorboard --logdir {path / 'tune'}"
             )
-            errors = run_sweep(
-                search, trial, placement, self.config.cluster.max_restarts, prune,
-                grace * tokens_each, self.config.tracking.wandb_project,
-                self.replay.stops if self.replay else {},
-            )  # fmt: skip
+            pruning = Pruning(prune, grace * tokens_each, self.replay.stops if self.replay else {})
+            cluster, project = self.config.cluster, self.config.tracking.wandb_project
+            errors = run_sweep(search, trial, pruning, placement, cluster.max_restarts, project)
             ids = asked(plan, widths, s.seeds, common, path)
             if ids is None:
                 raise Fault("sweep: it ended before every SAE was proposed; the same command goes on from here")

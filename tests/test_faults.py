@@ -26,7 +26,8 @@ from raysae.activations.store import Store
 from raysae.artifacts import Stage
 from raysae.errors import CaptureError
 from raysae.flow import Flow
-from raysae.on_ray import tune as on_ray
+from raysae.on_ray import tune
+from raysae.sweep import trial as trials
 from raysae.sweep.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +79,7 @@ def dying_once(note: Path) -> Callable[..., None]:
     """A trainable whose process is killed, once in a sweep, as soon as the state of a third rung is kept."""
 
     def trainable(config: dict, trial: Trial, **given: object) -> None:
-        keep, kept = on_ray.keep_state, []
+        keep, kept = trials.keep_state, []
 
         def keep_and_die(folder: Path, rung: object) -> None:
             keep(folder, rung)
@@ -89,11 +90,11 @@ def dying_once(note: Path) -> Callable[..., None]:
                     file.flush()
                     os.kill(os.getpid(), SIGKILL)
 
-        on_ray.keep_state = keep_and_die
+        trials.keep_state = keep_and_die
         try:
-            on_ray.run_trial(config, trial, **given)  # a worker's own, which is not patched
+            tune.run_trial(config, trial, **given)  # a worker's own, which is not patched
         finally:
-            on_ray.keep_state = keep
+            trials.keep_state = keep
 
     return trainable
 
@@ -124,7 +125,7 @@ def test_a_killed_capture_actor(ray_cluster, undisturbed, arithmetic_model, tmp_
 def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path, monkeypatch):
     """With five of its eight rungs to go. The moment is the trial's own: it lasts a fraction of a second."""
     note = tmp_path / "killed"
-    monkeypatch.setattr(on_ray, "run_trial", dying_once(note))
+    monkeypatch.setattr(tune, "run_trial", dying_once(note))
     run = raysae.sweep(small_job(arithmetic_model, tmp_path / "results", training=LONGER))
     assert note.read_text()
     same(run, undisturbed)

@@ -96,6 +96,13 @@ def ended(root: Path, tokens: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+def note_pruned(root: Path, reasons: Mapping[str, str]) -> None:
+    """Keep why SAEs are stopped by rule."""
+    (root / "pruned").mkdir(parents=True, exist_ok=True)
+    for sae_id, reason in reasons.items():
+        write_json(root / "pruned" / f"{sae_id}.json", {"reason": reason})
+
+
 def pruned(root: Path, sae_id: str) -> str | None:
     """Why an SAE was stopped by rule, or None."""
     return _read_if_whole(root / "pruned" / f"{sae_id}.json").get("reason")

@@ -12,8 +12,13 @@ always looks better (its loss holds less penalty). After warm-up an SAE is stopp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raysae.sweep import collect
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,59 @@ def reason_to_stop(sae: Standing, peers: Sequence[Standing], margin: float) -> s
         if comparable and peer.fvu < sae.fvu * (1 - margin) and peer.l0 < sae.l0 * (1 - margin):
             return f"dominated by {peer.sae_id} (FVU {peer.fvu:.3g}, L0 {peer.l0:.3g})"
     return None
+
+
+def standings(metrics: Mapping[str, Mapping[str, Any]]) -> list[Standing]:
+    """Of SAEs by their metrics at a rung."""
+    return [Standing(i, m["architecture"], m["d_sae"], m["fvu"], m["l0"]) for i, m in metrics.items()]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """That an SAE is stopped once it has seen so many tokens, and why."""
+
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which SAEs of a sweep are stopped early."""
+
+    margin: float | None = None
+    """Of `reason_to_stop`; None: no SAE is judged."""
+    after_tokens: float = 0.0
+    """From which an SAE is judged."""
+    stops: Mapping[str, Stop] = field(default_factory=dict)
+    """Of a replay, by sae_id, in place of a margin."""
+
+    def reasons(self, tokens: int, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Why which SAEs of a pack are stopped at a rung: those that a replay says, and those that the pack's others
+        dominate. One that is alone in its pack has no others."""
+        due = {i: s.reason for i, s in self.stops.items() if i in metrics and tokens >= s.tokens}
+        if len(metrics) == 1 or self.margin is None or tokens < self.after_tokens:
+            return due
+        peers = standings(metrics)
+        return due | {s.sae_id: reason for s in peers if (reason := reason_to_stop(s, peers, self.margin))}
+
+
+class Rungs:
+    """Where all SAEs of a sweep stood at each rung, those of an earlier driver too: what packs are judged against."""
+
+    def __init__(self, root: Path, pruning: Pruning) -> None:
+        self.pruning = pruning
+        self.at: dict[tuple[str, int], dict[str, Standing]] = defaultdict(dict)
+        for rung in collect.history(root).to_dict("records") if pruning.margin is not None else ():
+            self.at[rung["site"], rung["tokens"]] |= {s.sae_id: s for s in standings({str(rung["sae_id"]): rung})}
+
+    def reasons(self, site: str, metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+        """Take in a pack's rung, not its last; why each of its SAEs should stop where all of them should, else nothing."""
+        if self.pruning.margin is None or not metrics:
+            return {}
+        tokens = next(iter(metrics.values()))["tokens"]
+        peers = self.at[site, tokens]
+        peers.update({s.sae_id: s for s in standings(metrics)})
+        if tokens < self.pruning.after_tokens:
+            return {}
+        found = {i: reason_to_stop(peers[i], list(peers.values()), self.pruning.margin) for i in metrics}
+        return {i: reason for i, reason in found.items() if reason} if all(found.values()) else {}

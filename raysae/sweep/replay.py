@@ -14,18 +14,11 @@ from typing import Any
 import pandas as pd
 
 from raysae.artifacts import fingerprint
+from raysae.sweep.prune import Stop
 from raysae.sweep.space import COEFFICIENT, Proposal
 
 ID = re.compile(r"(?P<index>\d+)-(?P<architecture>[a-z0-9_]+)-x(?P<expansion>[0-9.e+-]+)-")
 """How an SAE's id begins: see `space.members`."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """That an SAE is stopped once it has seen so many tokens, and why."""
-
-    tokens: int
-    reason: str
 
 
 @dataclass(frozen=True)

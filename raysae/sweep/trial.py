@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +19,14 @@ import torch
 
 from raysae.activations.store import Store
 from raysae.files import plain, read_json, whole_folder, write_atomic, write_json
+from raysae.placement import device
 from raysae.sae import formats
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.losses import Batch
 from raysae.sae.metrics import RowSums
 from raysae.sae.train import InputScale, Member, Pack, Recipe, geometric_median
-from raysae.sweep.collect import read_rungs
+from raysae.sweep.collect import note_pruned, pruned, read_rungs
+from raysae.sweep.prune import Pruning
 
 T = TypeVar("T")
 SAMPLE_ROWS = 8192
@@ -121,6 +123,72 @@ def train_pack(
         pack.drop(report(Rung(pack.tokens, metrics, final, save)))
         if not pack.alive:
             return
+
+
+@dataclass(frozen=True)
+class ProposedPack:
+    """SAEs that a search wants trained together on a site."""
+
+    site: str
+    members: tuple[Member, ...]
+    state: str
+    """Folder of their training state: the same whenever the same pack is proposed, whichever of it have ended."""
+
+    @property
+    def name(self) -> str:
+        """Of a single SAE its id."""
+        first = self.members[0].sae_id
+        return first if len(self.members) == 1 else f"pack-{first.split('-')[0]}"
+
+    def failure(self, message: str) -> dict[str, dict[str, Any]]:
+        """By sae_id, what is known of SAEs that failed for good: their facts and the `message`."""
+        return {m.sae_id: {**asdict(m.config), "site": self.site, "message": message} for m in self.members}
+
+
+def train_proposed(
+    trial: Trial, pack: ProposedPack, pruning: Pruning, report: Callable[[Rung], Mapping[str, str]]
+) -> bool:
+    """Train a proposed pack from its last rung's state, if it has one, to the end, less what was pruned before.
+
+    `report` hears of each rung, when its state is kept, and may say which SAEs are to stop, and why, besides those that
+    `pruning` stops; after the last rung nothing can be. Returns False where a pack of several does not fit the device.
+    """
+    members = [member for member in pack.members if pruned(trial.root, member.sae_id) is None]
+    if not members:
+        return True
+    state = trial.root / "state" / pack.state
+
+    def at_rung(rung: Rung) -> Iterable[str]:
+        if rung.final:
+            report(rung)
+            return []
+        keep_state(state, rung)
+        reasons = {**pruning.reasons(rung.tokens, rung.metrics), **report(rung)}
+        note_pruned(trial.root, reasons)
+        return reasons
+
+    try:
+        train_pack(trial, pack.site, members, at_rung, last_state(state), device())
+    except torch.OutOfMemoryError:
+        if len(members) == 1:
+            raise
+        return False
+    shutil.rmtree(state, ignore_errors=True)
+    return True
+
+
+def train_whole(trial: Trial, site: str, pack: Sequence[Member]) -> None:
+    """Train a pack to its end, none of it stopped early; in halves where it does not fit the device."""
+    try:
+        train_pack(trial, site, pack, lambda rung: [], device=device())
+    except torch.OutOfMemoryError:
+        if len(pack) == 1:
+            raise
+        halves = pack[: len(pack) // 2], pack[len(pack) // 2 :]
+    else:
+        return
+    for half in halves:
+        train_whole(trial, site, half)
 
 
 def keep_state(folder: Path, rung: Rung) -> None:

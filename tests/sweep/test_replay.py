@@ -1,16 +1,16 @@
 """A replay has the ids, configs and seeds of the SAEs that were trained, and their stops."""
 
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 
 from raysae.files import read_json
-from raysae.sweep.replay import Stop, replay
+from raysae.sweep import trial
+from raysae.sweep.prune import Pruning, Stop
+from raysae.sweep.replay import replay
 from raysae.sweep.space import Common, Proposal, members
-from raysae.sweep.trial import Rung
+from raysae.sweep.trial import ProposedPack, Rung
 
 SITE, D_IN = "blocks.0.resid_post", 64
 TRAINED = [
@@ -63,20 +63,17 @@ def test_a_table_of_other_ids_is_no_sweeps():
 
 
 def test_a_trial_drops_what_is_due_at_its_rung_and_says_why(monkeypatch, tmp_path):
-    from raysae.on_ray import tune as on_ray
-
     one, two = trained(seeds=(0,))[1], trained(seeds=(0,))[3]
     dropped = []
 
     def train_pack(trial, site, pack, report, *_):
         for tokens in (500, 1000):
-            found = {m.sae_id: {"sae_id": m.sae_id, "tokens": tokens} for m in (one, two)}
-            dropped.append(list(report(Rung(tokens, found, final=False, save=lambda folder: None))))
+            metrics = {m.sae_id: {"sae_id": m.sae_id, "tokens": tokens} for m in (one, two)}
+            dropped.append(list(report(Rung(tokens, metrics, final=False, save=lambda folder: None))))
 
-    monkeypatch.setattr(on_ray, "train_pack", train_pack)
-    monkeypatch.setattr(on_ray.tune, "report", lambda *_, **__: None)
-    config = {"site": SITE, "members": [asdict(one), asdict(two)], "state": "a"}
-    trial = SimpleNamespace(root=tmp_path)
-    on_ray.run_trial(config, trial, torch.get_num_threads(), None, 0.0, {two.sae_id: Stop(1000, "dominated by 001")})
+    monkeypatch.setattr(trial, "train_pack", train_pack)
+    pruning = Pruning(stops={two.sae_id: Stop(1000, "dominated by 001")})
+    pack = ProposedPack(SITE, (one, two), "a")
+    assert trial.train_proposed(SimpleNamespace(root=tmp_path), pack, pruning, lambda rung: {})
     assert dropped == [[], [two.sae_id]]
     assert read_json(tmp_path / "pruned" / f"{two.sae_id}.json") == {"reason": "dominated by 001"}

@@ -19,8 +19,11 @@ from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.losses import Losses
 from raysae.sae.train import Member, Recipe
+from raysae.sweep import trial as trials
 from raysae.sweep.collect import CURVES, FACTS, curves, ended, read_rungs, training_table
+from raysae.sweep.prune import Pruning
 from raysae.sweep.trial import (
+    ProposedPack,
     Start,
     Trial,
     ahead,
@@ -28,6 +31,8 @@ from raysae.sweep.trial import (
     keep_state,
     last_state,
     train_pack,
+    train_proposed,
+    train_whole,
 )
 
 D, SITE = 8, "blocks.0.resid_post"
@@ -366,3 +371,34 @@ def test_the_last_state_is_kept_and_a_half_written_one_is_none(trial, tmp_path):
     assert last_state(folder) == kept and kept.name.endswith("000320") and last_state(tmp_path / "none") is None
     (folder / ".000000000000400.tmp").mkdir()
     assert last_state(folder) == kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packs that a search proposes
+
+
+def test_running_out_of_memory_is_said_of_a_pack_and_raised_by_one_sae(monkeypatch, trial):
+    def full(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(trials, "train_pack", full)
+    assert not train_proposed(trial, ProposedPack(SITE, (RELU, TOPK), "a"), Pruning(), lambda rung: {})
+    with pytest.raises(torch.OutOfMemoryError):
+        train_proposed(trial, ProposedPack(SITE, (RELU,), "a"), Pruning(), lambda rung: {})
+
+
+def test_a_pack_of_nulls_that_does_not_fit_is_trained_in_halves(monkeypatch):
+    trained = []
+
+    def train_pack(trial, site, pack, report, device):
+        if len(pack) > most:
+            raise torch.OutOfMemoryError("too much")
+        trained.append("".join(pack))
+
+    monkeypatch.setattr(trials, "train_pack", train_pack)
+    most = 2
+    train_whole(None, "s", list("abcde"))
+    assert trained == ["ab", "c", "de"]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        train_whole(None, "s", ["a"])

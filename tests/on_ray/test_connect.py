@@ -50,7 +50,14 @@ def test_what_takes_long_is_told(said):
 def test_workers_get_what_they_need_and_no_secrets():
     for name in ("PATH", "HOME", "https_proxy", "LC_ALL", "PYTHONPATH", "CUDA_VISIBLE_DEVICES", "HF_TOKEN"):
         assert cluster.needed(name), name
-    for name in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "OPENAI_API_KEY", "DATABASE_URL", "SSH_AUTH_SOCK", "MY_SECRET"):
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "GITHUB_TOKEN",
+        "OPENAI_API_KEY",
+        "DATABASE_URL",
+        "SSH_AUTH_SOCK",
+        "MY_SECRET",
+    ):
         assert not cluster.needed(name), name
         assert cluster.needed(name, also=[name])
     os.environ["A_SECRET"] = "x"
@@ -95,7 +102,9 @@ def test_a_cluster_that_starts_here_is_its_owners_alone(tmp_path):
     root = str(Path(__file__).parents[2])
     env = {**kept, "HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PASSED": "yes"}
     env |= {"AWS_SECRET_ACCESS_KEY": "SECRETXYZ", "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-c", LOCAL], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     warned, found = done.stdout.strip().splitlines()[0], json.loads(done.stdout.strip().splitlines()[-1])
     assert "RAY_AUTH_MODE=disabled is for clusters that are joined" in warned
