@@ -83,7 +83,7 @@ def measure(store: Path, root: Path, steps: int) -> dict[str, float]:
     """Seconds of the sweep and of the bare steps, and where the sweep's time went."""
     shared = recipe(steps * BATCH, BATCH, 0.05, 0.2, 0.1, 1_000_000)
     saes = [member for p in PLAN for member in members(p, p.coefficient or 0, D_IN, [0], COMMON)]
-    trial = Trial(store, shared, RUNGS, 0, root, {"model_name": "synthetic"})
+    trial = Trial(Store(store), shared, RUNGS, 0, root, {"model_name": "synthetic"})
     placement = place_trials(common.cores(), 0, cpus_per_trial=1, gpus_per_trial=1)
     search = PackSearch(PLAN, {SITE: D_IN}, {}, [0], COMMON, pack_size=1, seed=0)
 

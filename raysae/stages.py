@@ -401,12 +401,13 @@ class Stages:
 
     def trial(self, store: Path, shared: Recipe, rungs: int, root: Path, metadata: dict[str, Any]) -> Any:
         """What its trials share, writing below `root`."""
+        from raysae.activations.store import Store
         from raysae.sweep.trial import Start, Trial
 
         t = self.config.training
         label = t.losses.probe_label if t.losses.probe > 0 else None
         start = Start(t.b_dec, t.initialisation == "rows")
-        return Trial(store, shared, rungs, self.config.seed, root, metadata, start, label, t.losses.temporal > 0)
+        return Trial(Store(store), shared, rungs, self.config.seed, root, metadata, start, label, t.losses.temporal > 0)
 
     def _trial(self, root: Path, store: Stage, tokens: Stage) -> Any:
         """The same for the SAEs and nulls of a run."""

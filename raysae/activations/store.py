@@ -46,7 +46,7 @@ class Shard:
 
 
 class Store:
-    """A finished store, opened for reading."""
+    """A finished store, opened for reading. Pickled, it is its path, and opened again where it arrives."""
 
     def __init__(self, path: Path) -> None:
         if not (path / MANIFEST).exists():
@@ -63,6 +63,19 @@ class Store:
             self.manifest["sites"].items()
         except (KeyError, TypeError, AttributeError):
             raise Damaged(path / MANIFEST, "does not say what a store holds") from None
+
+    def _key(self) -> tuple[Any, ...]:
+        """What it was opened with, and is equal by."""
+        return (self.path,)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._key()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other._key() == self._key()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._key()))
 
     @property
     def sites(self) -> list[str]:
@@ -122,6 +135,10 @@ class Store:
     def shard(self, site: str, name: str) -> Tensor:
         """A shard's activations [rows, d_model], memory-mapped: pages are shared with every other reader."""
         return _map_tensor(self.path / site / f"{name}.safetensors")
+
+    def columns(self) -> list[str]:
+        """Names of the row columns."""
+        return pq.read_schema(self.path / "rows" / f"{self.shards[0].name}.parquet").names
 
     def row_columns(self, name: str, columns: Sequence[str] = ROW_COLUMNS) -> pa.Table:
         """A shard's row columns, row-aligned with its activations."""

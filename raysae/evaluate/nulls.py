@@ -36,7 +36,7 @@ from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from raysae.activations.store import Store
+from raysae.activations.source import Source
 from raysae.files import read_json_if, write_json
 from raysae.sae import formats
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig
@@ -140,7 +140,7 @@ def build(
     which they are judged. `train` gets a trial (with `root` as its root) and the packs by site; what was made before is
     neither made nor trained again.
     """
-    maker = _Maker(Store(trial.store), seed)
+    maker = _Maker(trial.source, seed)
     facts: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
     packs: dict[str, dict[str, list[Member]]] = {kind: {} for kind in TRAINED}
     for peer in found:
@@ -194,8 +194,8 @@ def _there(root: Path, name: str) -> bool:
 class _Maker:
     """Nulls that need no training, with what those of one site share."""
 
-    def __init__(self, store: Store, seed: int) -> None:
-        self.store, self.seed = store, seed
+    def __init__(self, source: Source, seed: int) -> None:
+        self.source, self.seed = source, seed
         self._codes: dict[tuple[str, str, int], tuple[SAE, bool | None]] = {}
 
     def make(self, kind: str, peer: Peer) -> tuple[SAE, dict[str, Any]]:
@@ -216,17 +216,17 @@ class _Maker:
         start = SAEConfig(peer.code, config.d_in, config.d_sae, k=peer.k, seed=config.seed)
         if kind == "untrained":
             rows = self.rows(peer.site, FITTED_ROWS)
-            null = scaled(untrained(start, input_scale(self.store, peer.site)), rows)
+            null = scaled(untrained(start, input_scale(self.source, peer.site)), rows)
         else:
             wanted = max(FITTED_ROWS, ROWS_PER_LATENT * config.d_sae)
             rows = self.rows(peer.site, min(wanted, FITTED_NUMBERS // config.d_in))
-            null = fitted(untrained(_reseeded(start, self.seed), input_scale(self.store, peer.site)), rows)
+            null = fitted(untrained(_reseeded(start, self.seed), input_scale(self.source, peer.site)), rows)
         return _labelled(null, sae), {"k": peer.k, "fitted_rows": len(rows)}
 
     def rows(self, site: str, most: int) -> Tensor:
         """Up to so many training rows [n, d_in], the same for the same number."""
-        count = min(most, self.store.rows("train"))
-        return next(self.store.batches(site, "train", count, seed=self.seed)).float()
+        count = min(most, self.source.rows("train"))
+        return next(self.source.batches(site, "train", count, seed=self.seed)).float()
 
     def _code(self, kind: str, site: str, config: SAEConfig) -> tuple[SAE, bool | None]:
         key = (kind, site, config.d_sae)
@@ -301,9 +301,9 @@ def _reseeded(config: SAEConfig, seed: int) -> SAEConfig:
     return replace(config, seed=config.seed + seed + 1)
 
 
-def random_sae(sae: SAE, store: Store, site: str, seed: int) -> SAE:
+def random_sae(sae: SAE, source: Source, site: str, seed: int) -> SAE:
     """The SAE before its first step, from another seed."""
-    return untrained(_reseeded(sae.config, seed), input_scale(store, site))
+    return untrained(_reseeded(sae.config, seed), input_scale(source, site))
 
 
 def _labelled(null: SAE, sae: SAE) -> SAE:

@@ -1,4 +1,4 @@
-"""A trial: train one pack on the store from start to end, reporting at rungs. Knows nothing of Tune."""
+"""A trial: train one pack on a source's rows from start to end, reporting at rungs. Knows nothing of Tune."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from raysae.activations.store import Store
+from raysae.activations.source import Source
 from raysae.files import plain, read_json, whole_folder, write_atomic, write_json
 from raysae.placement import device
 from raysae.sae import formats
@@ -55,7 +55,7 @@ class Start:
 class Trial:
     """What every trial of a sweep shares."""
 
-    store: Path
+    source: Source
     recipe: Recipe
     rungs: int
     stream_seed: int
@@ -89,15 +89,14 @@ def train_pack(
     history, the pack begins anew. The stream is a function of its seed and the step, so a resumed run sees the batches it
     would have seen, and ends (on a CPU) with the same bits.
     """
-    store = Store(trial.store)
-    recipe = trial.recipe
-    scale = input_scale(store, site, trial.start)
+    source, recipe = trial.source, trial.recipe
+    scale = input_scale(source, site, trial.start)
     pack, seconds = _begin(trial, resume, lambda: Pack(members, recipe, scale, device))
     for member in members:
         _cut_history(trial, member.sae_id, pack.tokens)
-    sample = store.head(site, "validation", SAMPLE_ROWS).to(pack.device, torch.float32)
-    first = next(_stream(trial, store, site, 0))
-    stream = _stream(trial, store, site, pack.step)
+    sample = source.head(site, "validation", SAMPLE_ROWS).to(pack.device, torch.float32)
+    first = next(_stream(trial, site, 0))
+    stream = _stream(trial, site, pack.step)
     if pack.device.type == "cuda":
         stream = ahead(stream, lambda batch: _on_device(batch, pack.device))
     for goal in _rungs(recipe.steps, trial.rungs):
@@ -231,21 +230,21 @@ def _cut_history(trial: Trial, sae_id: str, tokens: int) -> None:
         write_atomic(path, lambda temporary: temporary.write_text(kept))
 
 
-def input_scale(store: Store, site: str, start: Start = Start()) -> InputScale:
+def input_scale(source: Source, site: str, start: Start = Start()) -> InputScale:
     """What the trainer must know of a site's training rows; medians and starting rows come from a sample of them."""
-    mean = store.mean(site).to(torch.float32)
-    sample = store.head(site, "train", SAMPLE_ROWS) if start.at_rows or start.b_dec == "geometric_median" else None
+    mean = source.mean(site).to(torch.float32)
+    sample = source.head(site, "train", SAMPLE_ROWS) if start.at_rows or start.b_dec == "geometric_median" else None
     centre = None
     if start.b_dec == "zero":
         centre = torch.zeros_like(mean)
     elif start.b_dec == "geometric_median" and sample is not None:
         centre = geometric_median(sample).to(torch.float32)
-    return InputScale(mean, store.variance(site), centre, sample if start.at_rows else None)
+    return InputScale(mean, source.variance(site), centre, sample if start.at_rows else None)
 
 
-def _stream(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
+def _stream(trial: Trial, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
     """Training batches from step `start` on."""
-    batches = _stored(trial, store, site, start)
+    batches = _stored(trial, site, start)
     if not trial.shuffled:
         return batches
     return (
@@ -270,11 +269,11 @@ def unpaired(x: torch.Tensor, seed: Sequence[int]) -> torch.Tensor:
     return x.gather(0, order[place].to(x.device))
 
 
-def _stored(trial: Trial, store: Store, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
+def _stored(trial: Trial, site: str, start: int) -> Iterator[torch.Tensor | Batch]:
     size, seed = trial.recipe.batch_size, trial.stream_seed
     if trial.label is None and not trial.neighbours:
-        return store.batches(site, "train", size, seed=seed, start=start)
-    rows = store.labelled_batches(
+        return trial.source.batches(site, "train", size, seed=seed, start=start)
+    rows = trial.source.labelled_batches(
         site, "train", size, trial.label or "position", neighbours=trial.neighbours, seed=seed, start=start
     )
     return (

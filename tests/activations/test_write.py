@@ -139,7 +139,7 @@ def test_an_sae_trains_on_a_store_of_vectors(tmp_path):
     recipe = Recipe(
         steps=60, batch_size=64, warmup_steps=2, decay_steps=5, sparsity_warmup_steps=4, dead_after_tokens=999
     )
-    trial = Trial(store.path, recipe, 2, 0, tmp_path / "sweep", {"model_name": None})
+    trial = Trial(store, recipe, 2, 0, tmp_path / "sweep", {"model_name": None})
     rungs = []
     member = Member("one", SAEConfig("topk", 8, 32, k=4, seed=1), 3e-3)
     for each in (trial, replace(trial, label="phase", neighbours=True, root=tmp_path / "by label")):

@@ -53,7 +53,7 @@ def trial(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     shards = [("train", sparse_rows(1500, D, seed=1)), ("validation", sparse_rows(500, D, seed=2))]
     store = tiny_store(root / "store", shards, SITE)
-    return Trial(store.path, RECIPE, rungs=1, stream_seed=5, root=root / "sweep", metadata=METADATA)
+    return Trial(store, RECIPE, rungs=1, stream_seed=5, root=root / "sweep", metadata=METADATA)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_training_that_diverged_is_not_made(trial, peers, tmp_path):
 
 
 def test_the_random_sae_of_probes_and_features_is_another_start_in_the_same_place(trial, peers):
-    store = Store(trial.store)
+    store = trial.source
     for peer in peers:
         start, other = untrained(peer.sae.config, input_scale(store, SITE)), nulls.random_sae(peer.sae, store, SITE, 0)
         assert other.config == replace(start.config, seed=peer.sae.config.seed + 1)
@@ -190,7 +190,7 @@ def test_the_widest_with_the_median_coefficient_is_compared():
 
 
 def test_untrained_is_the_compared_sae_before_its_first_step_with_its_best_scale(trial, peers, real):
-    store = Store(trial.store)
+    store = trial.source
     null, facts = made("untrained", peers[0], store, 0)
     assert facts == {"k": 2, "fitted_rows": 1500}
     none = replace(trial, recipe=replace(RECIPE, steps=1, warmup_steps=10**9), root=trial.root / "none")
@@ -221,7 +221,7 @@ def test_a_random_encoder_has_the_best_decoder_for_it(trial, peers, real, monkey
     """As a dense least-squares solve has it; by its Gram matrix, or over the rows at every step."""
     monkeypatch.setattr(nulls, "GRAM_AT_MOST", gram)
     monkeypatch.setattr(nulls, "RIDGE", 1e-7)
-    store = Store(trial.store)
+    store = trial.source
     null, facts = made("random_encoder", peers[0], store, 0)
     assert facts == {"k": 2, "fitted_rows": 1500} and null.config.k == 2 and null.config.d_sae == 24
     x = store.head(SITE, "train", 1500)
@@ -270,7 +270,7 @@ def test_permuted_latents_fire_as_before_and_none_keeps_its_row(peers, real):
 
 
 def test_pca_keeps_each_row_s_largest_scores_of_either_sign(trial, peers, real, tmp_path):
-    store, peer = Store(trial.store), peers[0]._replace(l0=2.4)
+    store, peer = trial.source, peers[0]._replace(l0=2.4)
     null, _ = made("pca", peer, store, 0)
     x = store.head(SITE, "train", 10**9).double().numpy()
     axes = np.linalg.svd(x - x.mean(0), full_matrices=False)[2]
@@ -285,11 +285,11 @@ def test_pca_keeps_each_row_s_largest_scores_of_either_sign(trial, peers, real, 
 
 def test_a_linear_code_as_dense_as_its_axes_loses_nothing(trial, peers, real):
     for kind in ("pca", "ica"):
-        null, _ = made(kind, peers[0]._replace(l0=50.0), Store(trial.store), 0)
+        null, _ = made(kind, peers[0]._replace(l0=50.0), trial.source, 0)
         assert null.config.d_sae == D and measure(null, real)["l0"] == D
         assert measure(null, real)["fvu"] < 1e-6
     narrow = peers[0]._replace(sae=wider(peers[0].sae, 5))
-    assert made("pca", narrow, Store(trial.store), 0)[0].config.d_sae == 5, "never wider than the compared SAE"
+    assert made("pca", narrow, trial.source, 0)[0].config.d_sae == 5, "never wider than the compared SAE"
 
 
 def test_ica_finds_independent_sources_that_pca_does_not():

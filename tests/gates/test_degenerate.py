@@ -90,7 +90,7 @@ class World:
         folder = self.root / f"zoo-{len(list(self.root.glob('zoo-*')))}"
         formats.save(sae, folder / "saes/it")
         f = sae.encode(self.x)
-        trial = Trial(self.store.path, RECIPE, 1, 0, folder, {})
+        trial = Trial(self.store, RECIPE, 1, 0, folder, {})
         peer = nulls.Peer("it", SITE, sae, float((f != 0).sum(1).float().mean()), 1e-3)
         facts = nulls.build(folder, ["random_encoder"], [peer], trial, Losses(), 7, lambda *_: None)
         ids = ["it", *facts]
@@ -267,7 +267,7 @@ def test_a_good_sae_of_stories260k_passes_the_default_gate(shared, tmp_path):
     facts = finish(tmp_path / "store", made["blocks"], settings, host.fingerprint, 0.0)
     write_json(tmp_path / "store/manifest.json", facts)
     recipe = Recipe(800, 1024, 40, 160, 80, 100_000)
-    trial = Trial(tmp_path / "store", recipe, 1, 0, tmp_path / "sweep", {})
+    trial = Trial(Store(tmp_path / "store"), recipe, 1, 0, tmp_path / "sweep", {})
     site = "blocks.2.resid_post"
     config = SAEConfig("topk", 64, 512, k=14, seed=0)
     train_pack(trial, site, [Member("it", config, 3e-3)], lambda rung: [])
@@ -278,8 +278,8 @@ def test_a_good_sae_of_stories260k_passes_the_default_gate(shared, tmp_path):
     names = [b.name for b in blocks if b.split == "validation"]
     for block in blocks:
         if block.name in names:
-            measure_block(host, block, Measurement(trial.store, site, ids, tmp_path / "found", 4096, 0.5))
-    metrics = collect(tmp_path / "found", names, Store(trial.store).mean(site), Bootstrap(300, 0.95, 0))
+            measure_block(host, block, Measurement(tmp_path / "store", site, ids, tmp_path / "found", 4096, 0.5))
+    metrics = collect(tmp_path / "found", names, trial.source.mean(site), Bootstrap(300, 0.95, 0))
     paired = Paired.read([tmp_path / "found"], names, metrics, Bootstrap(300, 0.95, 0))
     size = {"site": site, "d_in": 64, "d_sae": 512, "sae_id": "it"}
     row = {**metrics["it"], **size, "dead_fraction": metrics["it"]["never_fired_fraction"]}

@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers import sparse_rows, tiny_store
 
-from raysae.activations.store import Store
 from raysae.errors import Fault
 from raysae.files import read_json, write_json
 from raysae.sae import formats
@@ -48,7 +47,7 @@ HOOKS = {SITE: {"model_class_name": "AutoModelForCausalLM", "hook_name": "layers
 def store(tmp_path_factory):
     x = sparse_rows(150, D, seed=1)
     shards = [("train", x[:70]), ("validation", sparse_rows(40, D, seed=2)), ("train", x[70:])]
-    return tiny_store(tmp_path_factory.mktemp("store"), shards).path
+    return tiny_store(tmp_path_factory.mktemp("store"), shards)
 
 
 @pytest.fixture
@@ -147,9 +146,7 @@ def test_a_trial_ends_when_no_member_is_left(trial):
 def test_the_saved_sae_is_the_one_that_was_measured_with_its_provenance(trial, store):
     rungs = run(trial, [TOPK])
     sae = formats.load(trial.root / "saes/topk")
-    from raysae.activations.store import Store
-
-    x = Store(store).head(SITE, "validation", 99)
+    x = store.head(SITE, "validation", 99)
     f = sae.encode(x)
     fvu = (x - sae.decode(f)).double().square().sum() / (x.double() - x.double().mean(0)).square().sum()
     assert rungs[-1].metrics["topk"]["fvu"] == pytest.approx(fvu.item(), rel=1e-5)
@@ -241,11 +238,10 @@ def test_losses_on_latents_train_on_labels_and_neighbours_and_resume_to_the_same
     x = sparse_rows(120, D, seed=6)
     columns = {"example_id": [f"e{i // 8}" for i in range(120)], "position": [i % 8 for i in range(120)]}
     columns["step"] = [i % 3 for i in range(120)]
-    root = tiny_store(
-        tmp_path_factory.mktemp("labelled"), [("train", x), ("validation", x[:30])], columns={0: columns}
-    ).path
+    shards = [("train", x), ("validation", x[:30])]
+    labelled = tiny_store(tmp_path_factory.mktemp("labelled"), shards, columns={0: columns})
     member = replace(TOPK, losses=Losses(probe=0.1, probe_classes=3, temporal=0.05, decorrelation=0.1))
-    both = replace(trial, store=root, label="step", neighbours=True)
+    both = replace(trial, source=labelled, label="step", neighbours=True)
     rungs = run(both, [member])
     found = rungs[-1].metrics["topk"]
     assert all(found[f"share_{term}"] > 0 for term in ("reconstruction", "probe", "temporal", "decorrelation"))
@@ -259,9 +255,9 @@ def test_losses_on_latents_train_on_labels_and_neighbours_and_resume_to_the_same
 
 @pytest.mark.parametrize("b_dec", ["mean", "geometric_median", "zero"])
 def test_where_an_sae_starts(store, b_dec):
-    scale = input_scale(Store(store), SITE, Start(b_dec, at_rows=True))
+    scale = input_scale(store, SITE, Start(b_dec, at_rows=True))
     centre = scale.mean if scale.centre is None else scale.centre
-    rows = torch.cat([Store(store).head(SITE, "train", 10**6)])
+    rows = torch.cat([store.head(SITE, "train", 10**6)])
     assert torch.equal(scale.rows, rows)
     expected = {"mean": rows.mean(0), "zero": torch.zeros(D), "geometric_median": centre}[b_dec]
     torch.testing.assert_close(centre, expected)
