@@ -107,7 +107,7 @@ def connect(config: ClusterConfig) -> Cluster:
             _ask_for_a_token()
             folder = _private_folder()
             try:
-                with environment_of_workers(config.pass_env):
+                with environment_of_workers(config.pass_env), _in_a_group_of_their_own():
                     ray.init(
                         address="local",
                         num_cpus=config.num_cpus,
@@ -195,6 +195,25 @@ def _telling(message: str, after: float = TOLD_AFTER_S) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def _in_a_group_of_their_own() -> Iterator[None]:
+    """Ray's processes that start in the block get a process group. A signal to the driver's, as a scheduler sends it, is
+    for the driver, which stops them; if they went first, Ray's own threads could end the driver with status 1."""
+    from ray._private import utils
+
+    bind_to_driver = utils.set_kill_on_parent_death_linux
+
+    def in_child() -> None:
+        os.setpgrp()
+        bind_to_driver()
+
+    utils.set_kill_on_parent_death_linux = in_child
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = bind_to_driver
 
 
 def _ask_for_a_token() -> None:

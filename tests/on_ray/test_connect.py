@@ -90,6 +90,7 @@ found = {
     "leaks": [str(f) for f in logs if b"SECRETXYZ" in f.read_bytes()],
     "token": stat.S_IMODE((Path.home() / ".ray/auth_token").stat().st_mode), "folder": str(c.folder),
     "driver": os.environ["AWS_SECRET_ACCESS_KEY"],
+    "in_its_group": [p.name() for p in psutil.Process().children(recursive=True) if os.getpgid(p.pid) == os.getpgrp()],
 }
 disconnect(c)
 found["left"] = c.folder.exists()
@@ -112,3 +113,4 @@ def test_a_cluster_that_starts_here_is_its_owners_alone(tmp_path):
     assert found["worker"]["PASSED"] == "yes" and "AWS_SECRET_ACCESS_KEY" not in found["worker"]
     assert found["driver"] == "SECRETXYZ" and found["leaks"] == [] and found["logs"] > 5
     assert found["mode"] == 0o700 and not found["left"]
+    assert found["in_its_group"] == [], "a signal to the driver's group is for the driver"
