@@ -45,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
     table = _ready(_with_ids(run_dir / "table.parquet"))
     curves = read_table(run_dir / "curves.parquet") if (run_dir / "curves.parquet").exists() else None
     config_text = _text(run_dir / "config.yaml")
-    config = read_yaml("config", run_dir / "config.yaml") if config_text.strip() else {}
+    config = _config(run_dir / "config.yaml") if config_text.strip() else {}
     decision, ledger, store = (read_json_if(run_dir / f"{name}.json") for name in ("decision", "ledger", "store"))
 
     lead, role = figures.lead(decision)
@@ -318,6 +318,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError:
         raise Damaged(path, "is not UTF-8") from None
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        return read_yaml("config", file)
+    except UserError as error:
+        raise Damaged(file, str(error).partition(f"{file} ")[2]) from None
 
 
 def _with_ids(path: Path) -> pd.DataFrame:
