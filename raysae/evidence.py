@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from raysae.artifacts import Stage
 from raysae.data.records import read_records
-from raysae.data.tokens import tokenize
 from raysae.errors import UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
 from raysae.files import read_table, write_json
@@ -101,7 +100,7 @@ class Evidence(Stages):
             seeds = stability.match_all(table, root, validation.path, names, seed)
             works = {f"what recurs at {task.site}": task for task in stability.tasks(seeds, store.path, root, path)}
             cost = self._over_blocks(works, blocks, stability.done, tokens.path, model)
-            found = stability.collect(seeds, path, names, metrics_of(validation), self.bootstrap)
+            found = stability.collect(path, names, table, metrics_of(validation), self.bootstrap)
             stability.by_configuration(found).to_parquet(path / "stability.parquet", index=False)
             write_json(path / "stability.json", found)
             return {"stability": found, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
@@ -166,23 +165,18 @@ class Evidence(Stages):
         tokenizer, context_length = self._tokenizer(model), tokens.manifest["context_length"]
 
         def build(path: Path) -> Mapping[str, Any]:
-            from raysae.data.perturb import kinds_for
             from raysae.evaluate import invariance
 
-            problems = read_records(records.path / "records.parquet")
-            sampled = invariance.sample([p for p in problems if p.split == "validation"], e.invariance, seed)
-            made = tokenize(
-                invariance.variants(sampled, problems, seed), tokenizer, context_length, "problems",
-                self.config.capture.rows_per_shard, seed, path / "tokens",
+            made = invariance.write_variants(
+                path / "tokens", read_records(records.path / "records.parquet"), e.invariance, tokenizer,
+                context_length, self.config.capture.rows_per_shard, seed,
             )  # fmt: skip
             task = invariance.Reading(
                 site, saes.path / "saes" / sae_id, path / "latents", self.config.capture.tokens_per_forward
             )
             works = {"reworded examples": task}
             cost = self._over_blocks(works, made["blocks"], invariance.done, path / "tokens", model)
-            found = invariance.collect(
-                task.root, path / "tokens", made["blocks"], sampled, kinds_for(problems), self.bootstrap
-            )
+            found = invariance.collect(path / "latents", path / "tokens", self.bootstrap)
             write_json(path / "invariance.json", {"sae_id": sae_id, **found})
             return {"cost": {"tokens": sum(made["rows"].values()), **cost}}
 

@@ -8,7 +8,7 @@ overlap whatever one does.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from raysae.data.perturb import ORIGINAL, kinds_for, name_pools, plain, reword
 from raysae.data.records import Problem
-from raysae.data.tokens import TokenBlock, micro_batches, read_block
+from raysae.data.tokens import TokenBlock, micro_batches, read_block, tokenize
 from raysae.evaluate.statistics import Bootstrap, intervals
-from raysae.files import write_atomic
+from raysae.files import read_json, write_atomic, write_json
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 
@@ -78,63 +78,73 @@ def sample(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
     return [each[i] for i in sorted(chosen)]
 
 
-def variants(sampled: Sequence[Problem], problems: Sequence[Problem], seed: int) -> list[Problem]:
-    """The sample's questions as they are and in each other wording there is; names come from all `problems`."""
-    pools = name_pools(problems)
-    made = [plain(p, ORIGINAL, p.question) for p in sampled]
-    return made + [
-        v for kind in kinds_for(problems) for p in sampled if (v := reword(p, kind, pools, seed)) is not None
-    ]
-
-
-def collect(
-    root: Path, tokens: Path, blocks: Sequence[dict[str, Any]], sampled: Sequence[Problem], kinds: Sequence[str],
-    bootstrap: Bootstrap,
+def write_variants(
+    root: Path, problems: Sequence[Problem], count: int, tokenizer: Any, context_length: int, rows_per_block: int,
+    seed: int,
 ) -> dict[str, Any]:  # fmt: skip
+    """Tokens of `sample`, each question as it is and in each other wording there is; names come from all `problems`.
+
+    Below `root`: the files of `tokenize`, whose facts are returned, and `sample.json`, which `collect` reads.
+    """
+    sampled = sample([p for p in problems if p.split == "validation"], count, seed)
+    pools, kinds = name_pools(problems), kinds_for(problems)
+    wordings = [plain(p, ORIGINAL, p.question) for p in sampled]
+    wordings += [v for kind in kinds for p in sampled if (v := reword(p, kind, pools, seed)) is not None]
+    facts = tokenize(wordings, tokenizer, context_length, "problems", rows_per_block, seed, root)
+    strata = {p.example_id: p.stratum for p in sampled}
+    write_json(root / "sample.json", {"strata": strata, "kinds": kinds, "blocks": facts["blocks"]})
+    return facts
+
+
+def collect(latents: Path, tokens: Path, bootstrap: Bootstrap) -> dict[str, Any]:
     """The content of invariance.json: by kind, how many examples it changed, and MEASURES with intervals over these.
 
     jaccard: |A ∩ B| / |A ∪ B| of the sets of latents active anywhere in the example; cosine: of the latents' means over its
     tokens; null: the same of the example and another one, drawn from its stratum; above: less the null. Examples that hold
     nothing of the kind, or whose token ids stay the same, are counted and averaged in nowhere; so are those too long.
+
+    latents: what `Reading` left of the blocks that `write_variants` left in `tokens`.
     """
+    sampled = read_json(tokens / "sample.json")
     ids: dict[str, tuple[int, ...]] = {}
     active: dict[str, np.ndarray] = {}
     mean: dict[str, np.ndarray] = {}
-    for entry in blocks:
-        block, found = read_block(tokens / entry["file"]), load_tensors(root / f"{entry['name']}.safetensors")
+    for entry in sampled["blocks"]:
+        block, found = read_block(tokens / entry["file"]), load_tensors(latents / f"{entry['name']}.safetensors")
         for sequence, example in zip(block.input_ids, block.example, strict=True):
             ids[block.example_ids[example[0]]] = tuple(sequence.tolist())
         active |= dict(zip(block.example_ids, found["active"].numpy(), strict=True))
         mean |= dict(zip(block.example_ids, found["mean"].double().numpy(), strict=True))
 
-    kept = [p for p in sampled if f"{p.example_id}#{ORIGINAL}" in ids]
+    kept = {name: stratum for name, stratum in sampled["strata"].items() if f"{name}#{ORIGINAL}" in ids}
     other = _partners(kept, bootstrap.seed)
     entries = []
-    for kind in kinds:
+    for kind in sampled["kinds"]:
         counts = {"affected": 0, "not_found": 0, "same_tokens": 0}
         values = []
-        for p in kept:
-            before, after = (f"{p.example_id}#{what}" for what in (ORIGINAL, kind))
+        for example in kept:
+            before, after = (f"{example}#{what}" for what in (ORIGINAL, kind))
             state = "not_found" if after not in ids else "same_tokens" if ids[after] == ids[before] else "affected"
             counts[state] += 1
-            partner = f"{other[p.example_id]}#{ORIGINAL}"
+            partner = f"{other[example]}#{ORIGINAL}"
             if state == "affected" and partner in ids:
                 jaccard, null = (_jaccard(active[before], active[i]) for i in (after, partner))
                 cosine, cosine_null = (_cosine(mean[before], mean[i]) for i in (after, partner))
                 values.append([jaccard, null, jaccard - null, cosine, cosine_null, cosine - cosine_null])
         entries.append({"kind": kind, "examples": len(kept), "compared": len(values), **counts})
         entries[-1] |= _means(np.array(values).reshape(-1, len(MEASURES)), bootstrap)
-    return {"examples": len(sampled), "too_long": len(sampled) - len(kept), "kinds": entries}
+    too_long = len(sampled["strata"]) - len(kept)
+    return {"examples": len(kept) + too_long, "too_long": too_long, "kinds": entries}
 
 
-def _partners(problems: Sequence[Problem], seed: int) -> dict[str, str | None]:
-    """By example_id: another example of the same stratum, drawn at random; None where there is none."""
-    strata: dict[str, list[str]] = defaultdict(list)
-    for p in problems:
-        strata[p.stratum].append(p.example_id)
+def _partners(strata: Mapping[str, str], seed: int) -> dict[str, str | None]:
+    """By example_id, as `strata`: another example of the same stratum, drawn at random; None where there is none."""
+    of_stratum: dict[str, list[str]] = defaultdict(list)
+    for example, stratum in strata.items():
+        of_stratum[stratum].append(example)
     rng = np.random.default_rng(seed)
     partner: dict[str, str | None] = {}
-    for members in strata.values():
+    for members in of_stratum.values():
         for i, member in enumerate(members):
             step = int(rng.integers(1, len(members))) if len(members) > 1 else 0
             partner[member] = members[(i + step) % len(members)] if step else None

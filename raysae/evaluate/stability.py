@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from raysae.activations.store import Store
 from raysae.data.tokens import TokenBlock
 from raysae.evaluate.statistics import Bootstrap, intervals
-from raysae.files import write_atomic
+from raysae.files import read_json, write_atomic, write_json
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
 from raysae.sweep.collect import CONFIGURATION
@@ -42,6 +42,8 @@ REPLICATED = ("fvu", "l0", "ce_loss_recovered")
 SETS = ("all", "recurring", "recurring_closely", "null")
 """Sets of latents that a reconstruction is made of alone."""
 ERRORS = ("total", *SETS)
+NULLS = ("random", "same_moments")
+"""Kinds of random directions."""
 COLUMNS = ("stability_mmcs", "stability_recurring_fraction", "stability_recurring_variance")
 """Columns of the table, each with an interval."""
 
@@ -124,22 +126,28 @@ def random_directions_like(rows: np.ndarray, rng: np.random.Generator) -> np.nda
 class Seeds:
     """The SAEs of one configuration, matched with each other. Arrays are over all latents; those never fired hold NaN."""
 
-    rows: pd.DataFrame
-    """Their rows of the table."""
-    best: dict[str, np.ndarray]
-    """By sae_id [d_sae]: the largest cosine with a latent of another seed, mean over the others."""
-    matched: dict[str, np.ndarray]
-    """By sae_id [d_sae]: the matched cosine, least over the others: it recurs at c if this is at least c."""
+    site: str
+    ids: list[str]
+    """Their sae_ids, by seed."""
     pairs: list[dict[str, Any]]
     """Each pair of seeds: MMCS in both directions."""
-    null_best: dict[str, np.ndarray]
+    best: dict[str, np.ndarray] = field(default_factory=dict)
+    """By sae_id [d_sae]: the largest cosine with a latent of another seed, mean over the others."""
+    matched: dict[str, np.ndarray] = field(default_factory=dict)
+    """By sae_id [d_sae]: the matched cosine, least over the others: it recurs at c if this is at least c."""
+    null_best: dict[str, np.ndarray] = field(default_factory=dict)
     """By null, of the first seed: its largest cosine with random directions [d_sae]."""
-    null_matched: dict[str, np.ndarray]
+    null_matched: dict[str, np.ndarray] = field(default_factory=dict)
     """By null, of the first seed: as `matched`, against as many random dictionaries as there are other seeds."""
 
-    @property
-    def first(self) -> str:
-        return str(self.rows["sae_id"].iloc[0])
+    def sets(self) -> dict[str, np.ndarray]:
+        """By sae_id: which latents are in each of SETS [d_sae, len(SETS)] bool."""
+        sets = {}
+        for i in self.ids:
+            least = self.matched[i]
+            chance = np.fmax(*self.null_matched.values()) if i == self.ids[0] else np.full_like(least, np.nan)
+            sets[i] = np.stack([np.isfinite(least), least >= RECURS, least >= RECURS_CLOSELY, chance >= RECURS], axis=1)
+        return sets
 
 
 def configurations(table: pd.DataFrame) -> list[pd.DataFrame]:
@@ -184,16 +192,14 @@ def match_seeds(rows: pd.DataFrame, saes: Path, fired: Mapping[str, np.ndarray],
             one, two = float(pair.best.mean()), float(pair.best_back.mean())
             pairs.append({"a": a, "b": b, "mmcs": (one + two) / 2, "mmcs_a_in_b": one, "mmcs_b_in_a": two})
     rng, first = np.random.default_rng([seed, len(fired[ids[0]])]), unit[ids[0]]
-    null_best: dict[str, list[np.ndarray]] = {"random": [], "same_moments": []}
-    null_matched: dict[str, list[np.ndarray]] = {"random": [], "same_moments": []}
+    null_best: dict[str, list[np.ndarray]] = {null: [] for null in NULLS}
+    null_matched: dict[str, list[np.ndarray]] = {null: [] for null in NULLS}
     for other in ids[1:]:
-        for null, rival in (
-            ("random", random_directions(len(unit[other]), unit[other].shape[1], rng)),
-            ("same_moments", random_directions_like(unit[other], rng)),
-        ):
-            found = match(first, rival, signed)
-            null_best[null].append(found.best)
-            null_matched[null].append(found.matched)
+        uniform = random_directions(len(unit[other]), unit[other].shape[1], rng)
+        for null, rival in zip(NULLS, (uniform, random_directions_like(unit[other], rng)), strict=True):
+            by_chance = match(first, rival, signed)
+            null_best[null].append(by_chance.best)
+            null_matched[null].append(by_chance.matched)
 
     def spread(sae_id: str, values: np.ndarray) -> np.ndarray:
         whole = np.full(len(fired[sae_id]), np.nan)
@@ -201,13 +207,37 @@ def match_seeds(rows: pd.DataFrame, saes: Path, fired: Mapping[str, np.ndarray],
         return whole
 
     return Seeds(
-        rows,
+        str(rows["site"].iloc[0]),
+        ids,
+        pairs,
         {i: spread(i, np.mean(b, axis=0)) for i, b in best.items()},
         {i: spread(i, np.min(m, axis=0)) for i, m in matched.items()},
-        pairs,
         {null: spread(ids[0], np.mean(b, axis=0)) for null, b in null_best.items()},
         {null: spread(ids[0], np.min(m, axis=0)) for null, m in null_matched.items()},
     )
+
+
+def write_matches(root: Path, seeds: Sequence[Seeds]) -> None:
+    """The matched configurations of a site: `matches.json`, and `matches.safetensors` by number, field and key."""
+    heads: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for n, of_one in enumerate(seeds):
+        fields = asdict(of_one)
+        heads.append({name: fields.pop(name) for name in ("site", "ids", "pairs")})
+        for name, arrays in fields.items():
+            tensors |= {f"{n}/{name}/{key}": torch.from_numpy(values) for key, values in arrays.items()}
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(root / "matches.safetensors", lambda path: save_file(tensors, path))
+    write_json(root / "matches.json", heads)
+
+
+def read_matches(root: Path) -> list[Seeds]:
+    """What `write_matches` wrote."""
+    seeds = [Seeds(**head) for head in read_json(root / "matches.json", list)]
+    for name, values in load_tensors(root / "matches.safetensors").items():
+        n, field_name, key = name.split("/")
+        getattr(seeds[int(n)], field_name)[key] = values.numpy()
+    return seeds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,23 +250,20 @@ class Errors:
 
     store: Path
     site: str
-    saes: tuple[tuple[str, Path], ...]
+    saes: Path
+    """Folder of SAEs by id."""
     root: Path
+    """Where the matches lie, and the sums go."""
 
     def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
         return block_errors(host.device, block.name, self)
 
 
-def write_masks(root: Path, found: Sequence[Seeds]) -> None:
-    """Which latents are in each of SETS: `masks.safetensors`, [d_sae, len(SETS)] by sae_id."""
-    masks = {}
-    for seeds in found:
-        for i, least in seeds.matched.items():
-            chance = np.fmax(*seeds.null_matched.values()) if i == seeds.first else np.full_like(least, np.nan)
-            sets = np.stack([np.isfinite(least), least >= RECURS, least >= RECURS_CLOSELY, chance >= RECURS], axis=1)
-            masks[i] = torch.from_numpy(sets)
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomic(root / "masks.safetensors", lambda path: save_file(masks, path))
+def tasks(seeds: Sequence[Seeds], store: Path, saes: Path, root: Path) -> Iterator[Errors]:
+    """What there is to sum, a task per site below its folder of `root`, where its matches are written."""
+    for site in sorted({s.site for s in seeds}):
+        write_matches(root / site, [s for s in seeds if s.site == site])
+        yield Errors(store, site, saes, root / site)
 
 
 def block_errors(device: Any, name: str, task: Errors) -> dict[str, Any]:
@@ -245,16 +272,16 @@ def block_errors(device: Any, name: str, task: Errors) -> dict[str, Any]:
     Each is Σ ‖r - r̄‖² by group, r̄ the mean of r over the block's rows, so that no constant counts, be it the mean of x or
     that of latents that are left out: r = x for `total`, x - x̂ with the latents of each set alone for the others.
     """
-    store, masks = Store(task.store), load_tensors(task.root / "masks.safetensors")
+    store, masks = Store(task.store), {i: m for seeds in read_matches(task.root) for i, m in seeds.sets().items()}
     x = store.shard(task.site, name)
     codes, groups = pd.factorize(store.row_columns(name, ("group",))["group"].to_pandas(), sort=True)
     of_group = torch.from_numpy(codes).to(device)
     rows = torch.bincount(of_group, minlength=len(groups)).double()
     shift = store.mean(task.site).to(device, torch.float64)
     frames = []
-    for sae_id, path in task.saes:
-        sae = load(path).to(device)
-        W_dec, sets = sae.parameters["W_dec"].double(), masks[sae_id].to(device)
+    for sae_id, mask in masks.items():
+        sae = load(task.saes / sae_id).to(device)
+        W_dec, sets = sae.parameters["W_dec"].double(), torch.from_numpy(mask).to(device)
         squares = torch.zeros(len(ERRORS), len(groups), dtype=torch.float64, device=device)
         sums = torch.zeros(len(ERRORS), len(groups), x.shape[1], dtype=torch.float64, device=device)
         for start in range(0, x.shape[0], ROWS_AT_ONCE):
@@ -292,35 +319,34 @@ def fired(root: Path, names: Sequence[str], sae_id: str) -> np.ndarray:
 
 
 def collect(
-    found: Sequence[Seeds], root: Path, names: Sequence[str], metrics: Mapping[str, Mapping[str, Any]],
-    bootstrap: Bootstrap,
-) -> dict[str, Any]:  # fmt: skip
+    root: Path, names: Sequence[str], table: pd.DataFrame, metrics: Mapping[str, Mapping[str, Any]], bootstrap: Bootstrap
+) -> dict[str, Any]:
     """The content of stability.json: `configurations`, `saes` (columns of the table by sae_id), `nulls`, and the rule.
 
-    root: where the sites' errors lie, in a folder each. metrics: of the evaluated split, by sae_id. Intervals of cosines
+    root: where the sites' matches and errors lie, in a folder each. table: of the sweep, where the SAEs' settings stand.
+    metrics: of the evaluated split, by sae_id. Intervals of cosines
     are t intervals and those of shares of latents Wilson's, over latents with the seeds given; those of shares of variance
     are over groups. Pairs of seeds are too few for one: their least and largest are given.
     """
     confidence = bootstrap.confidence
-    shares = {
-        site: _variance_shares(root / site, names, bootstrap)
-        for site in sorted({str(s.rows["site"].iloc[0]) for s in found})
-    }
+    sites = sorted(file.parent for file in root.glob("*/matches.json"))
+    shares = {site.name: _variance_shares(site, names, bootstrap) for site in sites}
+    of_table = table.set_index("sae_id", drop=False)
     saes: dict[str, dict[str, Any]] = {}
     entries, nulls = [], {}
-    for seeds in found:
-        head = seeds.rows.iloc[0]
-        of = shares[str(head["site"])]
-        for i in seeds.matched:
-            saes[i] = {"stability_seeds": len(seeds.rows), **_of_latents(seeds.best[i], seeds.matched[i], confidence)}
-            saes[i] |= {f"stability_recurring_variance{end}": v for end, v in of[i]["recurring"].items()}
+    for seeds in (seeds for site in sites for seeds in read_matches(site)):
+        rows, of_site = of_table.loc[seeds.ids], shares[seeds.site]
+        for i in seeds.ids:
+            saes[i] = {"stability_seeds": len(seeds.ids), **_of_latents(seeds.best[i], seeds.matched[i], confidence)}
+            saes[i] |= {f"stability_recurring_variance{end}": v for end, v in of_site[i]["recurring"].items()}
         null = {
-            name: _of_latents(seeds.null_best[name], seeds.null_matched[name], confidence) for name in seeds.null_best
+            name: _of_latents(seeds.null_best[name], seeds.null_matched[name], confidence) for name in NULLS
         }
         larger = max(null.values(), key=lambda n: (n["stability_mmcs"], n["stability_recurring_fraction"]))
-        larger = larger | {f"stability_recurring_variance{end}": v for end, v in of[seeds.first]["null"].items()}
-        nulls[f"{head['architecture']}-{head['d_sae']}-{head['site']}"] = larger
-        entries.append(_entry(seeds, saes, of, null, larger, metrics))
+        larger |= {f"stability_recurring_variance{end}": v for end, v in of_site[seeds.ids[0]]["null"].items()}
+        head = rows.iloc[0]
+        nulls[f"{head['architecture']}-{head['d_sae']}-{seeds.site}"] = larger
+        entries.append(_entry(seeds, rows, saes, of_site, null, larger, metrics))
     return {"rule": RULE, "configurations": entries, "saes": saes, "nulls": nulls}
 
 
@@ -337,18 +363,18 @@ RULE = (
 
 
 def _entry(
-    seeds: Seeds, saes: Mapping[str, Mapping[str, Any]], shares: Mapping[str, Any], null: Mapping[str, Any],
-    larger: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]],
+    seeds: Seeds, rows: pd.DataFrame, saes: Mapping[str, Mapping[str, Any]], shares: Mapping[str, Any],
+    null: Mapping[str, Any], larger: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    ids = list(seeds.matched)
-    facts = {name: seeds.rows[name].iloc[0] for name in CONFIGURATION if name in seeds.rows}
+    ids = seeds.ids
+    facts = {name: rows[name].iloc[0] for name in CONFIGURATION if name in rows}
     facts = {name: value for name, value in facts.items() if not pd.isna(value)}
     mmcs = [pair["mmcs"] for pair in seeds.pairs]
-    silent = [int(np.isnan(values).sum()) for values in seeds.matched.values()]
+    silent = [int(np.isnan(seeds.matched[i]).sum()) for i in ids]
     found: dict[str, Any] = {
         **facts,
         "sae_ids": ids,
-        "seeds": [int(s) for s in seeds.rows["seed"]],
+        "seeds": [int(s) for s in rows["seed"]],
         "note": f"{len(ids)} seeds, and {ENOUGH_SEEDS} were asked for" if len(ids) < ENOUGH_SEEDS else "",
         "method": method(max(len(v) for v in seeds.matched.values()) - min(silent)),
         "never_fired": silent,
@@ -428,11 +454,3 @@ def by_configuration(found: Mapping[str, Any]) -> pd.DataFrame:
 def columns(found: Mapping[str, Any]) -> pd.DataFrame:
     """The table's columns of stability, by sae_id."""
     return pd.DataFrame(found["saes"]).T.astype(float).rename_axis("sae_id").reset_index()
-
-
-def tasks(found: Sequence[Seeds], store: Path, saes: Path, root: Path) -> Iterator[Errors]:
-    """What is left to sum, a task per site, its masks written."""
-    for site in sorted({str(s.rows["site"].iloc[0]) for s in found}):
-        here = [s for s in found if s.rows["site"].iloc[0] == site]
-        write_masks(root / site, here)
-        yield Errors(store, site, tuple((i, saes / i) for s in here for i in s.matched), root / site)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from helpers import BOS, D_MODEL, tiny_block, tiny_host
 from safetensors.torch import save_file
 
-from raysae.data.perturb import ORIGINAL
+from raysae.data.perturb import ORIGINAL, kinds_for
 from raysae.data.records import make_problem
 from raysae.data.tokens import read_block, tokenize
 from raysae.evaluate import invariance
 from raysae.evaluate.statistics import Bootstrap
+from raysae.files import write_json
 from raysae.models.embedded import build_tokenizer
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
@@ -65,8 +67,8 @@ def test_partners_are_others_of_the_same_stratum():
     mixed = [replace(p, stratum="a" if i < 7 else "b") for i, p in enumerate(problems(10))]
     mixed.append(replace(problems(11)[-1], stratum="lonely"))
     for seed in range(10):
-        found = invariance._partners(mixed, seed)
         stratum = {p.example_id: p.stratum for p in mixed}
+        found = invariance._partners(stratum, seed)
         assert found.pop("p/10") is None
         assert all(one != two and stratum[one] == stratum[two] for one, two in found.items())
 
@@ -76,17 +78,20 @@ class Collected:
 
     def __init__(self, tmp_path):
         self.tmp_path, tokenizer = tmp_path, build_tokenizer()
-        self.sampled = [make_problem(f"p/{i}", "toy", f"Ada has {i + 3} apples.", answer="#### 4") for i in range(6)]
+        sampled = [make_problem(f"p/{i}", "toy", f"Ada has {i + 3} apples.", answer="#### 4") for i in range(6)]
         made = [
-            replace(p, example_id=f"{p.example_id}#{ORIGINAL}", answer="", split="validation") for p in self.sampled
+            replace(p, example_id=f"{p.example_id}#{ORIGINAL}", answer="", split="validation") for p in sampled
         ]
-        for i, p in enumerate(self.sampled):
+        for i, p in enumerate(sampled):
             if i != 5:  # 5 holds nothing of the kind
                 text = p.question if i == 4 else f"Ada has {i + 20} apples."  # 4 keeps its tokens
                 made.append(
                     replace(p, example_id=f"{p.example_id}#numbers", question=text, answer="", split="validation")
                 )
         self.blocks = tokenize(made, tokenizer, 64, "problems", 10_000, 0, tmp_path / "tokens")["blocks"]
+        strata = {p.example_id: p.stratum for p in sampled}
+        facts = {"strata": strata, "kinds": ["numbers"], "blocks": self.blocks}
+        write_json(tmp_path / "tokens" / "sample.json", facts)
         self.latents = {}
         for i in range(6):
             f = np.zeros(8)
@@ -102,10 +107,7 @@ class Collected:
             ids = read_block(self.tmp_path / "tokens" / entry["file"]).example_ids
             mean = torch.from_numpy(np.stack([self.latents[i] for i in ids])).float()
             save_file({"active": mean != 0, "mean": mean}, self.tmp_path / "latents" / f"{entry['name']}.safetensors")
-        found = invariance.collect(
-            self.tmp_path / "latents", self.tmp_path / "tokens", self.blocks, self.sampled, ["numbers"],
-            Bootstrap(100, 0.95, 0),
-        )  # fmt: skip
+        found = invariance.collect(self.tmp_path / "latents", self.tmp_path / "tokens", Bootstrap(100, 0.95, 0))
         return found["kinds"][0]
 
 
@@ -124,3 +126,21 @@ def test_latents_that_always_fire_are_not_invariant_but_blind(tmp_path):
     world.latents = {name: np.ones(8) for name in world.latents}
     found = world.collect()
     assert found["jaccard"] == found["jaccard_null"] == 1 and found["jaccard_above"] == 0
+
+
+def test_what_is_written_reworded_is_read_and_collected(tmp_path, sae, monkeypatch):
+    """Another number of resamples needs the files alone, and moves nothing but the ends of intervals."""
+    monkeypatch.setattr(helpers, "VOCAB", len(build_tokenizer()))
+    known = [replace(p, split="validation" if i % 4 < 2 else "train") for i, p in enumerate(problems())]
+    made = invariance.write_variants(tmp_path / "tokens", known, 2, build_tokenizer(), 64, 10_000, 0)
+    task = invariance.Reading(SITE, tmp_path / "sae", tmp_path / "latents", 24)
+    for entry in made["blocks"]:
+        task(tiny_host(), read_block(tmp_path / "tokens" / entry["file"]))
+    few, many = (
+        invariance.collect(tmp_path / "latents", tmp_path / "tokens", Bootstrap(n, 0.95, 0)) for n in (20, 400)
+    )
+    assert few["examples"] == 2 and few["too_long"] == 0 and [k["kind"] for k in few["kinds"]] == [*kinds_for(known)]
+    for one, two in zip(few["kinds"], many["kinds"], strict=True):
+        ends = {f"{name}{end}" for name in invariance.MEASURES for end in ("_low", "_high")}
+        assert {k: v for k, v in one.items() if k not in ends} == {k: v for k, v in two.items() if k not in ends}
+    assert any(kind["compared"] for kind in few["kinds"])

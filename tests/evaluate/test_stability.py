@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ class World:
             stability.block_errors(torch.device("cpu"), self.names[0], task)
             assert stability.done(task.root, self.names[0])
         metrics = {i: {"fvu": 0.1 + 0.01 * n, "l0": 9.0, "ce_loss_recovered": 0.9} for n, i in enumerate(self.saes)}
-        self.collected = stability.collect(self.found, root / "errors", self.names, metrics, Bootstrap(200, 0.95, 0))
+        self.collected = stability.collect(root / "errors", self.names, self.table, metrics, Bootstrap(200, 0.95, 0))
 
     def match(self, table):
         return stability.match_all(table, self.root / "saes", self.root / "evaluation", self.names, 0)
@@ -215,7 +216,7 @@ def test_degenerate_seeds_that_share_a_dense_mean_and_nothing_else_have_no_recur
     for task in stability.tasks(found, tmp_path / "store", tmp_path / "saes", tmp_path / "errors"):
         stability.block_errors(torch.device("cpu"), name, task)
     metrics = {f"s{seed}": {"fvu": 0.1, "l0": 9.0, "ce_loss_recovered": 0.9} for seed in range(3)}
-    whole = stability.collect(found, tmp_path / "errors", [name], metrics, Bootstrap(100, 0.95, 0))
+    whole = stability.collect(tmp_path / "errors", [name], table, metrics, Bootstrap(100, 0.95, 0))
     for entry in whole["saes"].values():
         assert abs(entry["stability_recurring_variance"]) < 0.05
         gate = load_gate(Path(__file__).parents[2] / "configs/gates/phase4.yaml")
@@ -242,11 +243,13 @@ def test_every_column_that_can_gate_has_an_interval_that_holds_it(world):
     assert (columns["stability_seeds"] == 3).all()
 
 
-def test_two_seeds_come_with_a_note_and_a_silent_sae_is_left_out(world, monkeypatch):
+def test_two_seeds_come_with_a_note_and_a_silent_sae_is_left_out(world, tmp_path, monkeypatch):
     (two,) = world.match(world.table[world.table["seed"] < 2])
     assert len(two.pairs) == 1 and (two.matched["relu-s0"][D_SAE // 2 : 3 * D_SAE // 4] >= stability.RECURS).all()
-    whole = stability.collect([two], world.root / "errors", world.names, {i: {"fvu": 0, "l0": 0, "ce_loss_recovered": 0}
-                              for i in world.saes}, Bootstrap(50, 0.95, 0))  # fmt: skip
+    shutil.copytree(world.root / "errors", tmp_path / "errors")
+    stability.write_matches(tmp_path / "errors" / SITE, [two])
+    metrics = {i: {"fvu": 0, "l0": 0, "ce_loss_recovered": 0} for i in world.saes}
+    whole = stability.collect(tmp_path / "errors", world.names, world.table, metrics, Bootstrap(50, 0.95, 0))
     assert "3 were asked for" in whole["configurations"][0]["note"]
     fired = stability.fired
     monkeypatch.setattr(stability, "fired", lambda root, names, i: fired(root, names, i) & (i != "relu-s2"))
