@@ -131,15 +131,15 @@ def test_latents_that_always_fire_are_not_invariant_but_blind(tmp_path):
 def test_what_is_written_reworded_is_read_and_collected(tmp_path, sae, monkeypatch):
     """Another number of resamples needs the files alone, and moves nothing but the ends of intervals."""
     monkeypatch.setattr(helpers, "VOCAB", len(build_tokenizer()))
-    known = [replace(p, split="validation" if i % 4 < 2 else "train") for i, p in enumerate(problems())]
-    made = invariance.write_variants(tmp_path / "tokens", known, 2, build_tokenizer(), 64, 10_000, 0)
+    known = [replace(p, split="validation" if i % 6 else "train") for i, p in enumerate(problems())]
+    made = invariance.write_variants(tmp_path / "tokens", known, 6, build_tokenizer(), 64, 10_000, 0)
     task = invariance.Reading(SITE, tmp_path / "sae", tmp_path / "latents", 24)
     for entry in made["blocks"]:
         task(tiny_host(), read_block(tmp_path / "tokens" / entry["file"]))
     few, many = (
         invariance.collect(tmp_path / "latents", tmp_path / "tokens", Bootstrap(n, 0.95, 0)) for n in (20, 400)
     )
-    assert few["examples"] == 2 and few["too_long"] == 0 and [k["kind"] for k in few["kinds"]] == [*kinds_for(known)]
+    assert few["examples"] == 6 and few["too_long"] == 0 and [k["kind"] for k in few["kinds"]] == [*kinds_for(known)]
     for one, two in zip(few["kinds"], many["kinds"], strict=True):
         ends = {f"{name}{end}" for name in invariance.MEASURES for end in ("_low", "_high")}
         assert {k: v for k, v in one.items() if k not in ends} == {k: v for k, v in two.items() if k not in ends}
