@@ -24,8 +24,10 @@ from raysae.evaluate.nulls import ELSEWHERE, LINEAR
 from raysae.evaluate.stability import columns as stability_columns
 from raysae.evidence import Controls, Evidence
 from raysae.files import folder_name, is_temporary, read_json, read_table, remove_dead, write_atomic, write_json
-from raysae.gates.criteria import Gate, check_must_beat, load_gate, passes, rivals
-from raysae.gates.select import choose, decide, split_of
+from raysae.gates.criteria import Gate, check_can_choose, load_gate, passes, rivals
+from raysae.gates.decision import decide
+from raysae.gates.metrics import split_of
+from raysae.gates.select import choose
 from raysae.gates.waivers import load_waiver, read_basis
 from raysae.looks import look
 from raysae.progress import say
@@ -86,7 +88,7 @@ class Flow(Evidence):
         self.gate: Gate = load_gate(config.gate)
         self.waiver = load_waiver(config.waiver, self.gate, config.basis) if config.waiver else None
         self.basis = read_basis(config.basis, self.waiver) if config.basis else None
-        check_must_beat(self.gate, config.evaluation.nulls, config.gate)
+        check_can_choose(self.gate, config.evaluation.nulls, config.gate)
         self._check_run()
 
     def run(self) -> Run:
@@ -174,7 +176,10 @@ class Flow(Evidence):
             again = self._measured_again(made, choice.chosen, held)
             tested = again[0].measured
             for i in choice.chosen:
-                carried = {n: v for n, v in rows[i].items() if n in ("sae_id", "site") or split_of(n, "test") != "test"}
+                carried = {
+                    n: v for n, v in rows[i].items()
+                    if n in ("sae_id", "site") or n.startswith("stability_") or split_of(n, "test") != "test"
+                }  # fmt: skip
                 tests[i] = {**carried, **metrics_of(tested)[i]}
             seen = controls_of(again, held)
             for name, c in seen.items():

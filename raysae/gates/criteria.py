@@ -5,25 +5,20 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from raysae.config import NULLS, Section, read_yaml, validate
 from raysae.errors import UserError
 from raysae.evaluate.fidelity import RECOVERED
 from raysae.evaluate.nulls import ELSEWHERE, TRAINED
+from raysae.gates.metrics import METRICS, known
 
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
-METRICS = (
-    "fvu", "explained_variance", "fvu_without_top_norms", "l0", "l0_fraction", "l0_per_dim", "l0_effective", "l1",
-    "dead_fraction", "never_fired_fraction", "dense_fraction", "effective_latents",
-    "l2_ratio", "relative_reconstruction_bias", "cosine", "ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl",
-    "stability_mmcs", "stability_recurring_fraction", "stability_recurring_variance",
-    "d_sae", "expansion_factor", "n_rows", "n_scored_tokens",
-)  # fmt: skip
 SHARES = {
     "l0_per_dim": "of the dimensions of its input",
     "l0_fraction": "of its live latents",
@@ -34,24 +29,22 @@ out if they fire equally often (`fidelity.effective_latents`), to which those th
 SPARSITY = ("l0", *SHARES)
 AS_DENSE = 0.95
 """A null is compared with an SAE if its L0 is no lower, to so much: more latents on bring it nearer to the activations."""
-OF_THE_MODEL = ("ce_delta", "ce_loss_recovered", "ce_recovered_mean", "kl", "n_scored_tokens")
-OF_TRAINING = ("dead_fraction",)
-OF_LATENTS = ("stability_mmcs", "stability_recurring_fraction")
-FACTS = ("d_in", "d_sae", "expansion_factor")
 ENOUGH_GROUPS = 20
 """Groups of equal size below which intervals miss the truth too often (`benchmarks/coverage.py`), so that none decides."""
 MOST_ACTIVE = 0.5
 """An SAE whose L0 is more than this share of d_in, or of its latents (SHARES), is dense: it meets no upper bound on L0,
 however lax. With as many latents on as its input has dimensions, any change of basis is faithful."""
-Difference = Callable[[str, str, str], tuple[float, float, float] | None]
-"""metric(one) - metric(other) with its interval, paired by group (`fidelity.Paired`); None where it was not measured."""
+Subtract = Callable[[str, str, Callable[[Any], Any]], "tuple[float, float, float] | None"]
+"""What a statistic of two SAEs' metrics (a table, with a column each) differs by, first less second, with its interval over
+the groups that both were measured on; None where there is none (`evaluate.fidelity.Paired.difference`). KeyError where a
+metric has no resamples."""
 
 
 class Bound(Section):
     """How a metric must stand to a number."""
 
-    metric: Literal[METRICS]  # type: ignore[valid-type]
-    """Column of the table, or a share of L0 (SHARES)."""
+    metric: Annotated[str, AfterValidator(known)]
+    """One of METRICS: a column of the table, a share of L0 (SHARES), or what a study has registered."""
     op: Literal["<=", "<", ">=", ">"]
     """How the value must stand to the threshold."""
     threshold: Annotated[float, Field(allow_inf_nan=False)]
@@ -82,6 +75,14 @@ class Criterion(Bound):
     """Whether missing it stops the phase; others are reported only."""
     why: str
     """The reason for the bound."""
+
+    @model_validator(mode="after")
+    def _beats_by_what_is_better(self) -> Criterion:
+        for bound in (self, self.fallback):
+            better = METRICS[bound.metric].direction if bound and self.must_beat else None
+            if bound and better and bound.below != (better == "lower"):
+                raise ValueError(f"op {bound.op}: with must_beat it must say what is better, {better} {bound.metric} is")
+        return self
 
     def asked(self, metrics: Mapping[str, Any]) -> Criterion:
         """This criterion, or its fallback where `metrics` have no such number."""
@@ -149,8 +150,9 @@ class Gate(Section):
     """Name of the gate, such as the phase."""
     criteria: Annotated[tuple[Criterion, ...], Field(min_length=1)]
     """What must hold."""
-    choose: Choose = Choose()
-    """Which of those that pass is chosen."""
+    choose: Choose | None = Choose()
+    """Which of the SAEs that pass is chosen; null: none is, since the gate judges something else, such as a study's result.
+    It may then bound no L0, and nulls are beaten whatever theirs is."""
     unmeasured: tuple[Unmeasured, ...] = ()
     """What the phase is about and nothing here measures: a gate with a mandatory one says incomplete in place of go."""
     assumptions: tuple[Assumption, ...] = ()
@@ -220,7 +222,7 @@ class Verdict:
         asked = [(decisive, self.threshold)]
         if self.must_beat is not None:
             asked.append((self.value, math.nan if self.baseline_value is None else self.baseline_value))
-        missed = [(found - bound if below else bound - found) / max(abs(bound), 1e-9) for found, bound in asked]
+        missed = [(value - bound if below else bound - value) / max(abs(bound), 1e-9) for value, bound in asked]
         return sum(max(m, 0.0) if math.isfinite(m) else math.inf for m in missed)
 
     def record(self) -> dict[str, Any]:
@@ -231,79 +233,82 @@ def load_gate(path: Path) -> Gate:
     """The gate in a YAML file, or one line that names the file and the field.
 
     A relative path that is not there from the current folder is looked for in the checkout, so that the shipped gates are
-    found from a notebook anywhere. A gate that bounds no L0 is refused: a dense SAE is faithful and says nothing.
+    found from a notebook anywhere. A gate that chooses an SAE and bounds no L0 is refused: a dense SAE is faithful and
+    says nothing.
     """
     if not path.is_absolute() and not path.exists():
         shipped = Path(__file__).resolve().parents[2] / path
         path = shipped if shipped.exists() else path
     gate = validate(Gate, read_yaml("gate", path), where=str(path))
-    if not bounds_l0(gate):
+    if not keeps_dense_out(gate):
         raise UserError(
             f"criteria: none is a mandatory upper bound on {', '.join(SPARSITY[:-1])} or {SPARSITY[-1]}, so that a dense "
-            f"SAE could pass; add one, such as metric l0_per_dim, op <=, threshold 0.25 (in {path})"
+            f"SAE could pass; add one, such as metric l0_per_dim, op <=, threshold 0.25, or choose: null where the gate "
+            f"chooses no SAE (in {path})"
         )
     return gate
 
 
-def check_must_beat(gate: Gate, nulls: Collection[str], path: Path) -> None:
-    """UserError for a `must_beat` that could never hold: of a kind that is not measured, or not in this metric."""
+def check_can_choose(gate: Gate, nulls: Collection[str], path: Path) -> None:
+    """UserError for a gate that no sweep could pass: it chooses no SAE, or has a `must_beat` that could never hold, of a
+    kind that is not measured, or not in this metric."""
+    if gate.choose is None:
+        raise UserError(f"choose: null, but a sweep's gate must choose an SAE; give a rule, such as knee (in {path})")
     for c in gate.criteria:
         if c.must_beat is None:
             continue
         asked = f"criterion {c.criterion!r} has must_beat {c.must_beat}"
         if c.must_beat not in nulls:
-            known = c.must_beat in NULLS
-            mend = "add it" if known else f"must_beat must be one of {', '.join(NULLS)}"
+            mend = "add it" if c.must_beat in NULLS else f"must_beat must be one of {', '.join(NULLS)}"
             raise UserError(
                 f"evaluation.nulls: {', '.join(nulls)} lacks {c.must_beat}, but {asked}; {mend} (in {path})"
             )
-        if c.must_beat == ELSEWHERE and {c.metric, getattr(c.fallback, "metric", None)} & {*OF_THE_MODEL}:
+        of_model = any(b and METRICS[b.metric].count == "n_scored_tokens" for b in (c, c.fallback))
+        if c.must_beat == ELSEWHERE and of_model:
             raise UserError(
                 f"must_beat: {asked}, whose {c.metric} is not measured: its model predicts nothing (in {path})"
             )
 
 
-def kind_of(control: str) -> str:
-    """The kind of `control-<kind>-...`."""
-    return control.split("-", 2)[1] if control.count("-") > 1 else ""
+def keeps_dense_out(gate: Gate, waived: Collection[str] = ()) -> bool:
+    """Whether a gate that chooses an SAE bounds L0 from above, by a mandatory criterion that is not waived."""
+    return gate.choose is None or any(
+        c.mandatory and c.metric in SPARSITY and c.below and c.criterion not in waived for c in gate.criteria
+    )
 
 
-def bounds_l0(gate: Gate, waived: Collection[str] = ()) -> bool:
-    """Whether a mandatory criterion that is not waived bounds L0 from above."""
-    return any(c.mandatory and c.metric in SPARSITY and c.below and c.criterion not in waived for c in gate.criteria)
-
-
-def apply(
+def judge(
     gate: Gate,
     metrics: Mapping[str, Any],
-    controls: Mapping[str, Mapping[str, Any]] | None = None,
+    nulls: Mapping[str, Mapping[str, Any]] | None = None,
     waived: Collection[str] = (),
-    difference: Difference | None = None,
+    subtract: Subtract | None = None,
 ) -> list[Verdict]:
-    """Every criterion of `gate` against one SAE's metrics (a row of the table).
+    """Every criterion of `gate` against metrics by name: an SAE's row of the table, or what a study measured.
 
-    controls: metrics of the nulls on the same split by their names, `control-<kind>-...`, for `must_beat`. waived:
-    criteria, by their words, that need not hold. difference: of two SAEs by their ids, `sae_id` in the metrics; without
-    it intervals must not overlap.
+    nulls: metrics of the nulls on the same split by their names, each with its `kind`, for `must_beat`. waived: criteria,
+    by their words, that need not hold. subtract: two SAEs by their ids, `sae_id` in the metrics; without it intervals must
+    not overlap.
     """
     verdicts = []
     for given in gate.criteria:
         c = given.asked(metrics)
-        found = measured(metrics, c.metric)
-        rivals = {name: measured(control, c.metric) for name, control in _rivals(c, metrics, controls or {}).items()}
-        apart = _differences(c, metrics, rivals, difference)
+        value = measured(metrics, c.metric)
+        null_values = {name: measured(null, c.metric) for name, null in _to_beat(gate, c, metrics, nulls or {}).items()}
+        apart = _differences(c, metrics, null_values, subtract)
         misses = (
-            _misses_bound(c, found, metrics), _wants_groups(c, metrics), _is_dense(c, metrics),
-            _misses_controls(c, found, rivals, apart),
+            _misses_bound(c, value, metrics), _wants_groups(c, metrics), _is_dense(c, metrics),
+            _misses_nulls(gate, c, value, null_values, apart),
         )  # fmt: skip
         reasons = [reason for reason in misses if reason]
-        baselines = [rival.value for rival in rivals.values()]
+        baselines = [null.value for null in null_values.values()]
+        rests_on = METRICS[c.metric]
         verdicts.append(
             Verdict(
                 phase=gate.name,
-                **found._asdict(),
-                n=_count(metrics, rests_on(c.metric)[0]),
-                n_groups=_count(metrics, rests_on(c.metric)[1]),
+                **value._asdict(),
+                n=_count(metrics, rests_on.count),
+                n_groups=_count(metrics, rests_on.groups),
                 baseline_value=(min if c.below else max)(baselines, default=None),
                 verdict="pass" if not reasons else "waived" if c.criterion in waived else "fail",
                 reason="; ".join(reasons),
@@ -316,51 +321,55 @@ def apply(
 
 def beside(metrics: Mapping[str, Any]) -> set[str]:
     """Ids of the SAEs that a null was made beside; an SAE's own."""
-    of = metrics.get("beside", metrics.get("sae_id"))
-    return {of} if isinstance(of, str) else set(of or ())
+    ids = metrics.get("beside", metrics.get("sae_id"))
+    return {ids} if isinstance(ids, str) else set(ids or ())
 
 
-def _rivals(
-    c: Criterion, metrics: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]
+def _to_beat(
+    gate: Gate, c: Criterion, metrics: Mapping[str, Any], nulls: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Mapping[str, Any]]:
-    """The controls that `must_beat` is about: of its kind and site, as dense as the SAE (AS_DENSE), and made beside it; if
-    none is, the sparsest."""
-    dense = {
-        i: m
-        for i, m in controls.items()
-        if kind_of(i) == c.must_beat
-        and m.get("site") == metrics.get("site")
-        and _number(m, "l0") >= AS_DENSE * _number(metrics, "l0")
+    """The nulls that `must_beat` is about: of its kind and site; where an SAE is judged, those as dense as it (AS_DENSE)
+    that were made beside it, or if none was, the sparsest."""
+    rivals = {
+        name: null
+        for name, null in nulls.items()
+        if c.must_beat is not None and null.get("kind") == c.must_beat and null.get("site") == metrics.get("site")
     }
-    own = {i: m for i, m in dense.items() if beside(m) & beside(metrics)}
-    sparsest = min((_number(m, "l0") for m in (own or dense).values()), default=math.nan)
-    return {i: m for i, m in (own or dense).items() if _number(m, "l0") == sparsest}
+    if gate.choose is None:
+        return rivals
+    dense = {i: null for i, null in rivals.items() if _number(null, "l0") >= AS_DENSE * _number(metrics, "l0")}
+    own = {i: null for i, null in dense.items() if beside(null) & beside(metrics)}
+    sparsest = min((_number(null, "l0") for null in (own or dense).values()), default=math.nan)
+    return {i: null for i, null in (own or dense).items() if _number(null, "l0") == sparsest}
 
 
-def rivals(gate: Gate, metrics: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """The controls that an SAE is held against: those made beside it, and those that `must_beat` is about."""
-    own = {i for i, m in controls.items() if beside(m) & beside(metrics)}
-    return own.union(*(_rivals(c.asked(metrics), metrics, controls) for c in gate.criteria if c.must_beat))
+def rivals(gate: Gate, metrics: Mapping[str, Any], nulls: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The nulls that an SAE is held against: those made beside it, and those that `must_beat` is about."""
+    own = {i for i, null in nulls.items() if beside(null) & beside(metrics)}
+    return own.union(*(_to_beat(gate, c.asked(metrics), metrics, nulls) for c in gate.criteria))
 
 
-def voids(null: str, metrics: Mapping[str, Any], chosen: Collection[str]) -> bool:
+def voids(name: str, null: Mapping[str, Any], chosen: Collection[str]) -> bool:
     """Whether a null that passes the gate makes it void for the chosen SAEs: it is as near to one as a null can be made.
 
     One that stands beside others, at another L0 or size, does not; nor does one of an untrained model, which was measured
     on other activations. Those that train stand beside one SAE for all of their site.
     """
-    kind = kind_of(null)
-    return kind != ELSEWHERE and (kind in TRAINED or not beside(metrics) - {null} or bool(beside(metrics) & {*chosen}))
+    kind, stands = null.get("kind"), beside(null)
+    return kind != ELSEWHERE and (kind in TRAINED or not stands - {name} or bool(stands & {*chosen}))
 
 
 def _differences(
-    c: Criterion, metrics: Mapping[str, Any], rivals: Collection[str], difference: Difference | None
+    c: Criterion, metrics: Mapping[str, Any], nulls: Collection[str], subtract: Subtract | None
 ) -> dict[str, Measured]:
-    """The metric less that of each rival, by group, where that is known."""
-    if difference is None or not isinstance(metrics.get("sae_id"), str):
-        return {}
-    found = {name: difference(metrics["sae_id"], name, c.metric) for name in rivals}
-    return {name: Measured(*d) for name, d in found.items() if d is not None}
+    """The metric less that of each null, by group, where that is known."""
+    apart = {}
+    if subtract is not None and isinstance(metrics.get("sae_id"), str):
+        for name in nulls:
+            with suppress(KeyError):  # a metric without resamples
+                if difference := subtract(metrics["sae_id"], name, lambda m: m[c.metric]):
+                    apart[name] = Measured(*difference)
+    return apart
 
 
 def measured(metrics: Mapping[str, Any], metric: str) -> Measured:
@@ -395,9 +404,9 @@ def _undefined(c: Criterion, metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _misses_bound(c: Criterion, found: Measured, metrics: Mapping[str, Any]) -> str:
+def _misses_bound(c: Criterion, interval: Measured, metrics: Mapping[str, Any]) -> str:
     """Why the value, or its interval, does not stand to the threshold as it must; empty if it does."""
-    value, low, high = found
+    value, low, high = interval
     holds = OPERATORS[c.op]
     if c.metric in RECOVERED and not math.isfinite(value) and RECOVERED[c.metric] in metrics:
         return _undefined(c, metrics)
@@ -410,28 +419,15 @@ def _misses_bound(c: Criterion, found: Measured, metrics: Mapping[str, Any]) -> 
     return f"{c.metric} {value:.4g} [{low:.4g}, {high:.4g}], the whole interval must be {c.op} {c.threshold:g}"
 
 
-def rests_on(metric: str) -> tuple[str, str]:
-    """Columns that count what a metric rests on, and its groups; empty where nothing is counted."""
-    if metric in FACTS:
-        return "", ""
-    if metric in OF_TRAINING:
-        return "dead_window_tokens", ""
-    if metric in OF_LATENTS:
-        return "stability_latents", ""
-    return ("n_scored_tokens", "n_scored_groups") if metric in OF_THE_MODEL else ("n_rows", "n_groups")
-
-
 def _wants_groups(c: Criterion, metrics: Mapping[str, Any]) -> str:
     """Why the metric's interval decides nothing, for want of groups; empty if it may, or need not.
 
     Unequal groups count as fewer (`statistics.effective_groups`).
     """
-    counted = rests_on(c.metric)[1]
-    if c.confidence == "point" or not counted:
-        return ""
-    groups = _number(metrics, counted)
-    effective = _number(metrics, counted.replace("n_", "effective_"))
-    if not min(groups, effective) < ENOUGH_GROUPS:
+    key = METRICS[c.metric].groups
+    groups, effective = (_number(metrics, name) for name in (key, key.replace("n_", "effective_", 1)))
+    effective = effective if math.isfinite(effective) else groups
+    if c.confidence == "point" or not key or not min(groups, effective) < ENOUGH_GROUPS:
         return ""
     alike = "" if round(effective) == groups else f", which count as {effective:.0f} of equal size"
     return f"for want of groups: {c.metric} rests on {groups:.0f}{alike}, and an interval takes {ENOUGH_GROUPS}"
@@ -447,32 +443,32 @@ def _is_dense(c: Criterion, metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def _misses_controls(
-    c: Criterion, found: Measured, rivals: Mapping[str, Measured], apart: Mapping[str, Measured]
+def _misses_nulls(
+    gate: Gate, c: Criterion, value: Measured, nulls: Mapping[str, Measured], apart: Mapping[str, Measured]
 ) -> str:
-    """Why the value is not better than that of every rival; empty if it is, or need not be.
+    """Why the value is not better than that of every null to beat; empty if it is, or need not be.
 
     Better is by the interval of the difference (`apart`); where there is none by intervals that do not overlap; where one
     has none by value.
     """
     if c.must_beat is None:
         return ""
-    if not rivals:
-        asked = f"{c.metric} must beat that of an SAE of kind {c.must_beat}"
-        return f"{asked}, but no such control was measured at its L0 or above"
-    for name, rival in rivals.items():
-        lead = c.margin * (abs(rival.value) if c.below else abs(1 - rival.value))  # 0, or 1, is perfect
+    if not nulls:
+        what, where = ("an SAE", " at its L0 or above") if gate.choose else ("a null", "")
+        return f"{c.metric} must beat that of {what} of kind {c.must_beat}, but no such control was measured{where}"
+    for name, null in nulls.items():
+        lead = c.margin * (abs(null.value) if c.below else abs(1 - null.value))  # 0, or 1, is perfect
         by = f" by {lead:.2g}" if lead else ""
-        mine, theirs, what = found.value, rival.value, f" is not better{by} than"
+        mine, theirs, what = value.value, null.value, f" is not better{by} than"
         if name in apart:
             d = apart[name]
             mine, theirs = (d.high, 0.0) if c.below else (d.low, 0.0)
             what = f" is not clearly better{by} (by {d.value:.2g} [{d.low:.2g}, {d.high:.2g}], paired by group) than"
-        elif all(math.isfinite(end) for end in (*found, *rival)):
-            mine, theirs = (found.high, rival.low) if c.below else (found.low, rival.high)
+        elif all(math.isfinite(end) for end in (*value, *null)):
+            mine, theirs = (value.high, null.low) if c.below else (value.low, null.high)
             what = f"'s interval does not clear{by}"
         if not (mine < theirs - lead if c.below else mine > theirs + lead):
-            return f"{c.metric} {found.value:.4g}{what} {rival.value:.4g} of {name}"
+            return f"{c.metric} {value.value:.4g}{what} {null.value:.4g} of {name}"
     return ""
 
 

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from raysae.gates.criteria import Choose
+from raysae.gates.criteria import Choose, Subtract
 
 NEAR = 0.1
 """An L0 that is within this share of the one asked for matches it."""
 SAME = 0.01
 """Scores that differ by less than this share are the same, however sure the difference is."""
 ERRORS = {"fvu": "FVU", "ce_delta": "ΔCE"}
-Subtract = Callable[[str, str, Callable[[pd.DataFrame], pd.Series]], "tuple[float, float, float] | None"]
-"""What a statistic of two SAEs' metrics differs by, first less second, with its interval over the groups that both were
-measured on; None where there is none (`evaluate.fidelity.Paired.difference`)."""
 Tied = Callable[["Candidate", "Candidate", int], str]
 """Whether a candidate cannot be told from another that is better in a score, and why (words, or nothing)."""
 
@@ -90,7 +87,7 @@ def rank(candidates: Sequence[Candidate], tied: Tied) -> list[Candidate]:
     return first + sorted(left, key=lambda c: (c.scores, c.sae_id))
 
 
-def noise(rule: Choose, subtract: Subtract) -> Tied:
+def noise(rule: Choose, subtract: Subtract | None) -> Tied:
     """`tied` of `rank`: by the standard deviation over seeds, else the interval of the paired difference by group."""
 
     def tied(best: Candidate, other: Candidate, k: int) -> str:
@@ -101,8 +98,8 @@ def noise(rule: Choose, subtract: Subtract) -> Tied:
         if spreads:
             deviation = math.sqrt(sum(s**2 for s in spreads) / len(spreads))
             return f"inside the standard deviation over seeds, {deviation:.2g}" if apart <= deviation else ""
-        found = subtract(other.sae_id, best.sae_id, lambda m: scores(rule, m).iloc[:, k])
-        return f"interval of the difference [{found[1]:.2g}, {found[2]:.2g}]" if found and found[1] <= 0 else ""
+        paired = subtract(other.sae_id, best.sae_id, lambda m: scores(rule, m).iloc[:, k]) if subtract else None
+        return f"interval of the difference [{paired[1]:.2g}, {paired[2]:.2g}]" if paired and paired[1] <= 0 else ""
 
     return tied
 
@@ -112,19 +109,19 @@ def candidate(rule: Choose, seeds: pd.DataFrame, passing: set[str], failed: Call
 
     The one nearest to the mean of the scores stands for it: not the luckiest. Of two as near, the one that scores worse.
     """
-    found = scores(rule, seeds)
-    mean = found.mean()
-    apart = ((found - mean) / mean.abs().clip(lower=1e-12)).pow(2).sum(axis=1).round(9)
+    scored = scores(rule, seeds)
+    mean = scored.mean()
+    apart = ((scored - mean) / mean.abs().clip(lower=1e-12)).pow(2).sum(axis=1).round(9)
     order = sorted(
-        (i for i in found.index if str(seeds.at[i, "sae_id"]) in passing),
-        key=lambda i: (apart[i], [-x for x in found.loc[i]], str(seeds.at[i, "sae_id"])),
+        (i for i in scored.index if str(seeds.at[i, "sae_id"]) in passing),
+        key=lambda i: (apart[i], [-x for x in scored.loc[i]], str(seeds.at[i, "sae_id"])),
     )
     sae_id = str(seeds.at[order[0], "sae_id"])
     return Candidate(
         sae_id,
         tuple(map(str, seeds["sae_id"])),
         tuple(map(float, mean)),
-        tuple(map(float, found.std())),
+        tuple(map(float, scored.std())),
         failed(sae_id),
         int(seeds.at[order[0], "d_sae"]),
         float(seeds["l0"].mean()),

@@ -16,7 +16,7 @@ from pydantic import StringConstraints, model_validator
 from raysae.config import Section, read_yaml, validate
 from raysae.errors import UserError
 from raysae.files import read_json
-from raysae.gates.criteria import Gate, bounds_l0
+from raysae.gates.criteria import Gate, keeps_dense_out
 from raysae.seal import SEAL, check
 
 Words = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -44,7 +44,7 @@ class Waiver(Section):
 def load_waiver(path: Path, gate: Gate, basis: Path | None) -> Waiver:
     """The waiver in a YAML file; UserError unless it fits the run's gate and basis, in one line.
 
-    The only bound on L0 cannot be waived.
+    The only bound on L0 of a gate that chooses an SAE cannot be waived.
     """
     waiver = validate(Waiver, read_yaml("waiver", path), where=str(path))
     known = [*(c.criterion for c in gate.criteria), *(u.subject for u in gate.unmeasured)]
@@ -54,7 +54,7 @@ def load_waiver(path: Path, gate: Gate, basis: Path | None) -> Waiver:
             raise UserError(
                 f"waiver: gate {gate.name} has no criterion {words!r}; did you mean {closest!r}? (in {path})"
             )
-    if not bounds_l0(gate, waiver.criteria):
+    if not keeps_dense_out(gate, waiver.criteria):
         raise UserError(
             f"waiver: {'; '.join(waiver.criteria)}: a mandatory upper bound on l0 or l0_fraction must stay, or a dense SAE "
             f"could pass (in {path})"

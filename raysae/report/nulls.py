@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.evaluate.nulls import ELSEWHERE
-from raysae.gates.criteria import kind_of, voids
+from raysae.gates.criteria import voids
 from raysae.report.columns import cell
 from raysae.report.figures import records
 
@@ -32,7 +32,7 @@ def groups(decision: Mapping[str, Any], table: pd.DataFrame) -> list[dict[str, A
     shown: dict[str | None, list[dict[str, Any]]] = {i: [] for i in saes}
     for name, control in (decision.get("controls") or {}).items():
         metrics = control["metrics"]
-        kind = metrics.get("kind") or kind_of(name)
+        kind = metrics.get("kind", "")
         row = {
             "name": name,
             "kind": IN_WORDS.get(kind, kind),

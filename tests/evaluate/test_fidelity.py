@@ -26,7 +26,7 @@ from raysae.evaluate.fidelity import (
 )
 from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import write_json
-from raysae.gates.criteria import METRICS
+from raysae.gates.metrics import METRICS
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
 from raysae.sae.sae import SAE
@@ -269,7 +269,7 @@ def test_a_difference_is_paired_by_group():
 
 def test_every_metric_that_can_gate_has_an_interval():
     """But for facts, for the dead latents of training, and for those that need each latent's firings by group."""
-    facts = {"d_sae", "expansion_factor", "n_rows", "n_scored_tokens"}
+    facts = {"d_in", "d_sae", "expansion_factor", "n_rows", "n_scored_tokens"}
     without = {"dead_fraction", "never_fired_fraction", "dense_fraction", "effective_latents"}
     assert {*_ranked(1.0), "l0_fraction", "l0_per_dim", "l0_effective"} - {"ce_zero_gap", "ce_mean_gap"} == {
         *METRICS

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from raysae.evaluate import stability
 from raysae.evaluate.statistics import Bootstrap
-from raysae.gates.criteria import METRICS, apply, load_gate
+from raysae.gates.criteria import judge, load_gate
+from raysae.gates.metrics import METRICS
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.sae import SAE
@@ -220,7 +221,7 @@ def test_degenerate_seeds_that_share_a_dense_mean_and_nothing_else_have_no_recur
     for entry in whole["saes"].values():
         assert abs(entry["stability_recurring_variance"]) < 0.05
         gate = load_gate(Path(__file__).parents[2] / "configs/gates/phase4.yaml")
-        judged = {v.metric: v for v in apply(gate, {**entry, "n_groups": 200, "effective_groups": 200.0})}
+        judged = {v.metric: v for v in judge(gate, {**entry, "n_groups": 200, "effective_groups": 200.0})}
         assert "must be >= 0.5" in judged["stability_recurring_variance"].reason
 
 

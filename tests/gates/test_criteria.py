@@ -9,17 +9,8 @@ import yaml
 
 from raysae.config import NULLS
 from raysae.errors import UserError
-from raysae.gates.criteria import (
-    METRICS,
-    SHARES,
-    SPARSITY,
-    Gate,
-    apply,
-    check_must_beat,
-    load_gate,
-    measured,
-    passes,
-)
+from raysae.gates.criteria import SHARES, SPARSITY, Gate, check_can_choose, judge, load_gate, measured, passes
+from raysae.gates.metrics import METRICS, Metric, register, split_of
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters
 from raysae.sae.metrics import RowSums
 from raysae.sae.sae import SAE
@@ -41,7 +32,7 @@ def gate_of(*criteria):
 
 
 def holds(criterion, metrics):
-    return passes(apply(gate_of(criterion), metrics))
+    return passes(judge(gate_of(criterion), metrics))
 
 
 @pytest.mark.parametrize(
@@ -77,20 +68,20 @@ def test_l0_fraction_needs_both_of_its_parts(missing):
 
 
 def test_l0_fraction_has_the_interval_of_l0():
-    (verdict,) = apply(gate_of(("l0_fraction", "<=", 0.1)), {"l0": 6.4, "l0_low": 3.2, "l0_high": 12.8, "d_sae": 64})
+    (verdict,) = judge(gate_of(("l0_fraction", "<=", 0.1)), {"l0": 6.4, "l0_low": 3.2, "l0_high": 12.8, "d_sae": 64})
     assert (verdict.low, verdict.value, verdict.high) == pytest.approx((0.05, 0.1, 0.2))
 
 
 def test_every_mandatory_criterion_must_hold_and_no_other():
     gate = gate_of(("fvu", "<=", 0.2), ("l0", "<=", 10.0), ("l2_ratio", ">=", 0.8, False))
-    assert passes(apply(gate, {"fvu": 0.1, "l0": 5.0, "l2_ratio": 0.1}))
-    assert passes(apply(gate, {"fvu": 0.1, "l0": 5.0}))
-    assert not passes(apply(gate, {"fvu": 0.1, "l0": 50.0, "l2_ratio": 0.9}))
-    assert [v.verdict for v in apply(gate, {"fvu": 0.3, "l0": 5.0})] == ["fail", "pass", "fail"]
+    assert passes(judge(gate, {"fvu": 0.1, "l0": 5.0, "l2_ratio": 0.1}))
+    assert passes(judge(gate, {"fvu": 0.1, "l0": 5.0}))
+    assert not passes(judge(gate, {"fvu": 0.1, "l0": 50.0, "l2_ratio": 0.9}))
+    assert [v.verdict for v in judge(gate, {"fvu": 0.3, "l0": 5.0})] == ["fail", "pass", "fail"]
 
 
 def test_a_verdict_carries_its_value_interval_and_reason():
-    (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": 0.25, "fvu_low": 0.2, "fvu_high": 0.3} | COUNTS)
+    (verdict,) = judge(gate_of(("fvu", "<=", 0.2)), {"fvu": 0.25, "fvu_low": 0.2, "fvu_high": 0.3} | COUNTS)
     assert verdict.record() == {
         "phase": "toy", "criterion": "fvu is right", "metric": "fvu", "op": "<=", "threshold": 0.2, "confidence": "point",
         "must_beat": None, "margin": 0.0, "mandatory": True, "why": "so", "value": 0.25, "low": 0.2, "high": 0.3,
@@ -102,15 +93,16 @@ def test_a_verdict_carries_its_value_interval_and_reason():
 
 def test_a_row_without_measurements_fails_and_does_not_crash():
     """As an SAE looks whose evaluation is missing: a table fills it with NaN."""
-    (verdict,) = apply(gate_of(("fvu", "<=", 0.2)), {"fvu": math.nan, "n_rows": math.nan, "fvu_low": math.nan})
+    (verdict,) = judge(gate_of(("fvu", "<=", 0.2)), {"fvu": math.nan, "n_rows": math.nan, "fvu_low": math.nan})
     assert verdict.verdict == "fail" and verdict.n == 0 and verdict.shortfall == math.inf
 
 
-def judged(criterion, metrics, controls=None, waived=(), difference=None):
-    """The verdict of a gate of one criterion (its fields)."""
+def judged(criterion, metrics, nulls=None, subtract=None, **gate):
+    """The verdict of a gate of one criterion (its fields) beside nulls, the kind of each by its name."""
     fields = {"criterion": "c", "op": "<=", "threshold": 0.2, "why": "so", **criterion}
-    gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
-    (verdict,) = apply(gate, metrics, controls, waived, difference)
+    gate = Gate.model_validate({"name": "toy", "criteria": [fields], **gate})
+    nulls = {name: {"kind": name.split("-")[1], **null} for name, null in (nulls or {}).items()}
+    (verdict,) = judge(gate, metrics, nulls, (), subtract)
     return verdict
 
 
@@ -246,9 +238,9 @@ def test_a_gate_that_asks_for_a_null_that_is_not_measured_is_refused():
         return Gate.model_validate({"name": "toy", "criteria": [criterion]})
 
     path = Path("g.yaml")
-    check_must_beat(gate(), ("untrained",), path)
-    check_must_beat(gate(must_beat="pca"), ("untrained", "pca"), path)
-    check_must_beat(gate(must_beat="untrained_model"), NULLS, path)
+    check_can_choose(gate(), ("untrained",), path)
+    check_can_choose(gate(must_beat="pca"), ("untrained", "pca"), path)
+    check_can_choose(gate(must_beat="untrained_model"), NULLS, path)
     for fields, words in (
         (
             {"must_beat": "pca"},
@@ -260,10 +252,10 @@ def test_a_gate_that_asks_for_a_null_that_is_not_measured_is_refused():
         ),
     ):
         with pytest.raises(UserError) as raised:
-            check_must_beat(gate(**fields), ("untrained", "ica"), path)
+            check_can_choose(gate(**fields), ("untrained", "ica"), path)
         assert all(word in str(raised.value) for word in words) and "\n" not in str(raised.value)
     with pytest.raises(UserError, match=r"^must_beat: .*whose ce_delta is not measured"):
-        check_must_beat(gate(must_beat="untrained_model", metric="ce_delta"), NULLS, path)
+        check_can_choose(gate(must_beat="untrained_model", metric="ce_delta"), NULLS, path)
 
 
 def test_the_null_to_beat_is_the_one_beside_the_sae_at_its_l0():
@@ -288,37 +280,37 @@ def test_a_difference_by_group_decides_where_there_is_one():
     asked = []
 
     def paired(low, high):
-        def difference(one, other, metric):
-            asked.append((one, other, metric))
+        def subtract(one, other, statistic):
+            asked.append((one, other, statistic({"fvu": "fvu", "ce_loss_recovered": "ce"})))
             return ((low + high) / 2, low, high)
 
-        return difference
+        return subtract
 
-    assert judged(BEATS, mine, rival, difference=paired(-0.15, -0.05)).verdict == "pass"
+    assert judged(BEATS, mine, rival, subtract=paired(-0.15, -0.05)).verdict == "pass"
     assert asked == [("a", UNTRAINED, "fvu")]
-    verdict = judged(BEATS, mine, rival, difference=paired(-0.2, 0.01))
+    verdict = judged(BEATS, mine, rival, subtract=paired(-0.2, 0.01))
     assert (
         "not clearly better (by -0.095 [-0.2, 0.01], paired by group) than 0.6 of control-untrained" in verdict.reason
     )
     apart = {UNTRAINED: around("fvu", 0.8, 0.01)}
     assert (
-        judged(BEATS, around("fvu", 0.5, 0.01) | {"sae_id": "a"}, apart, difference=lambda *_: None).verdict == "pass"
+        judged(BEATS, around("fvu", 0.5, 0.01) | {"sae_id": "a"}, apart, subtract=lambda *_: None).verdict == "pass"
     )
     upwards = {"metric": "ce_loss_recovered", "op": ">=", "threshold": 0.1, "must_beat": "untrained"}
     more = around("ce_loss_recovered", 0.9, 0.2) | {"sae_id": "a"}
     rival = {UNTRAINED: around("ce_loss_recovered", 0.8, 0.2)}
-    found = [judged(upwards, more, rival, difference=paired(*ends)).verdict for ends in ((0.05, 0.15), (-0.01, 0.2))]
+    found = [judged(upwards, more, rival, subtract=paired(*ends)).verdict for ends in ((0.05, 0.15), (-0.01, 0.2))]
     assert found == ["pass", "fail"]
 
 
 def test_a_margin_is_a_share_of_what_the_null_lacks_to_be_perfect():
     """Random encoders of two seeds differ by a few percent, and a paired interval is narrow enough to tell them apart."""
     mine, rival = around("fvu", 0.19, 0.01) | {"sae_id": "a"}, {UNTRAINED: around("fvu", 0.2, 0.01)}
-    narrow = {"difference": lambda *_: (-0.01, -0.011, -0.009)}
+    narrow = {"subtract": lambda *_: (-0.01, -0.011, -0.009)}
     assert judged(BEATS, mine, rival, **narrow).verdict == "pass"
     verdict = judged(BEATS | {"margin": 0.1}, mine, rival, **narrow)
     assert "not clearly better by 0.02 (by -0.01 [-0.011, -0.009], paired by group) than 0.2" in verdict.reason
-    assert judged(BEATS | {"margin": 0.1}, mine, rival, difference=lambda *_: (-0.03, -0.04, -0.021)).verdict == "pass"
+    assert judged(BEATS | {"margin": 0.1}, mine, rival, subtract=lambda *_: (-0.03, -0.04, -0.021)).verdict == "pass"
     upwards = {"metric": "ce_loss_recovered", "op": ">=", "threshold": 0.1, "must_beat": "untrained", "margin": 0.1}
     rival = {UNTRAINED: around("ce_loss_recovered", 0.9, 0.0)}
     found = [judged(upwards, around("ce_loss_recovered", v, 0.0), rival).verdict for v in (0.905, 0.909, 0.911)]
@@ -376,15 +368,17 @@ def test_a_control_does_not_beat_itself():
 
 def test_a_waived_criterion_is_measured_and_does_not_stop():
     gate = gate_of(("fvu", "<=", 0.2), ("l0", "<=", 10.0))
-    fvu, l0 = apply(gate, {"fvu": 0.3, "l0": 5.0}, waived=["fvu is right", "l0 is right"])
+    fvu, l0 = judge(gate, {"fvu": 0.3, "l0": 5.0}, waived=["fvu is right", "l0 is right"])
     assert (fvu.verdict, fvu.reason, l0.verdict) == ("waived", "fvu 0.3, must be <= 0.2", "pass")
-    assert passes([fvu, l0]) and not passes(apply(gate, {"fvu": 0.3, "l0": 5.0}, waived=["l0 is right"]))
+    assert passes([fvu, l0]) and not passes(judge(gate, {"fvu": 0.3, "l0": 5.0}, waived=["l0 is right"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What no gate may let through
 
-WORST = {name: -1e9 if name.startswith(("ce_", "explained", "stability")) else 1e9 for name in METRICS} | {"site": "s"}
+WORST = {name: -1e9 if name.startswith(("ce_", "explained", "stability")) else 1e9 for name in METRICS} | {
+    "site": "s", "kind": "random_encoder"
+}  # fmt: skip
 """A control that every SAE beats."""
 
 
@@ -408,7 +402,7 @@ def test_no_shipped_gate_lets_a_perfect_but_dense_sae_pass(path, d_sae):
 
     def passed(share):
         metrics = exact(**PERFECT, l0=share * d_sae, d_sae=d_sae, expansion_factor=4.0, effective_latents=d_sae)
-        return passes(apply(gate, metrics, {"control-random_encoder-topk-64-s": WORST}))
+        return passes(judge(gate, metrics, {"null": WORST}))
 
     assert passed(0.02), "or the next line says nothing"
     assert not any(passed(share) for share in (0.2, 0.51, 0.9, 1.0))
@@ -431,8 +425,8 @@ def test_a_lax_bound_on_l0_lets_no_dense_sae_pass_either(metric, denser, of):
     thousand tokens: whatever the rest of the width."""
     gate = gate_of((metric, "<=", 1e9))
     sparse = {"l0": 30.0, "d_sae": 64, "d_in": 256, "effective_latents": 60.0}
-    assert passes(apply(gate, sparse))
-    (verdict,) = apply(gate, sparse | denser)
+    assert passes(judge(gate, sparse))
+    (verdict,) = judge(gate, sparse | denser)
     assert verdict.verdict == "fail" and f"dense: L0 {denser['l0']:.4g} is {of}, over 50%" in verdict.reason
 
 
@@ -462,7 +456,43 @@ def test_no_shipped_gate_lets_an_untrained_sae_pass(path, architecture):
         f = sae.encode(x)
         sums.add(x, sae.decode(f), f)
         metrics = exact(**{**PERFECT, **sums.metrics()}, d_sae=128, expansion_factor=4.0)
-        assert not passes(apply(load_gate(path), metrics, {"control-random_encoder-topk-64-s": WORST}))
+        assert not passes(judge(load_gate(path), metrics, {"null": WORST}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a study asks for
+
+
+register(Metric("toy_recovery", "higher", count="n_problems", groups="n_problems"), Metric("toy_size", split="config"))
+STUDY = {"metric": "toy_recovery", "op": ">=", "threshold": 0.5, "must_beat": "shuffled"}
+
+
+def test_a_study_s_metric_is_judged_as_any_other_without_an_l0():
+    mine = {"toy_recovery": 0.8, "toy_recovery_low": 0.7, "toy_recovery_high": 0.9, "n_problems": 40}
+    null = {"toy_recovery": 0.3, "toy_recovery_low": 0.2, "toy_recovery_high": 0.4}
+    verdict = judged(STUDY | {"confidence": "interval"}, mine, {"any-shuffled": null}, choose=None)
+    assert (verdict.verdict, verdict.n, verdict.n_groups, verdict.baseline_value) == ("pass", 40, 40, 0.3)
+    assert "no such control was measured" in judged(STUDY, mine, {"any-shuffled": null}).reason, "no L0 to compare at"
+    few = judged(STUDY | {"confidence": "interval"}, mine | {"n_problems": 19}, {"any-shuffled": null}, choose=None)
+    assert few.reason == "for want of groups: toy_recovery rests on 19, and an interval takes 20"
+    near = {"any-shuffled": null, "other-shuffled": null | {"toy_recovery_high": 0.75}, "any-pca": {"toy_recovery": 0.99}}
+    assert judged(STUDY, mine, near, choose=None).reason.endswith("0.3 of other-shuffled"), "each of the kind, and no other"
+    alone = judged(STUDY, mine, choose=None)
+    assert alone.reason == "toy_recovery must beat that of a null of kind shuffled, but no such control was measured"
+
+
+def test_a_name_stands_for_one_metric_and_what_is_better_is_its_own():
+    register(Metric("toy_size", split="config"))
+    with pytest.raises(ValueError, match="fvu is registered already"):
+        register(Metric("fvu", "higher"))
+    assert (split_of("toy_size", "test"), split_of("toy_recovery", "test"), split_of("?", "test")) == (
+        "config", "test", "test"
+    )  # fmt: skip
+    for wrong in ({"op": "<="}, {"fallback": {"metric": "fvu", "op": ">=", "threshold": 0.1}}):
+        with pytest.raises(ValueError, match="with must_beat it must say what is better"):
+            judged(STUDY | wrong, {})
+    for op in ("<=", ">="):
+        judged({"metric": "l2_ratio", "op": op, "must_beat": "pca"}, {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,7 +537,8 @@ def written(tmp_path, text=None, sparse=SPARSE, **changes):
 @pytest.mark.parametrize(
     "changes,said",
     [
-        ({"metric": "fuv"}, ("criteria.0.metric", "'fuv'", "'fvu'")),
+        ({"metric": "fuv"}, ("criteria.0.metric: 'fuv' is no metric; did you mean 'fvu'? known: fvu, explained_v",)),
+        ({"metric": "toy_recovry"}, ("did you mean 'toy_recovery'?",)),
         ({"op": "=<"}, ("criteria.0.op", "'=<'", "'<='")),
         ({"threshold": "low"}, ("criteria.0.threshold", "'low'")),
         ({"threshold": None}, ("criteria.0.threshold", "required")),
@@ -559,6 +590,20 @@ def test_a_gate_without_a_mandatory_upper_bound_on_l0_is_refused(tmp_path, spars
     assert "add one, such as metric l0_per_dim, op <=, threshold 0.25" in message and "\n" not in message
 
 
+def test_only_a_gate_that_chooses_an_sae_must_bound_its_l0(tmp_path):
+    def gate(**fields):
+        criteria = [{"criterion": "c", "metric": "toy_recovery", "op": ">=", "threshold": 0.5, "why": "so"}]
+        return written(tmp_path, yaml.safe_dump({"name": "toy", "criteria": criteria, **fields}))
+
+    study = load_gate(gate(choose=None))
+    assert study.choose is None
+    for fields in ({}, {"choose": "knee"}):
+        with pytest.raises(UserError, match=r"mandatory upper bound on l0.*or choose: null where the gate chooses no SAE"):
+            load_gate(gate(**fields))
+    with pytest.raises(UserError, match=r"^choose: null, but a sweep's gate must choose an SAE.*\(in g.yaml\)$"):
+        check_can_choose(study, NULLS, Path("g.yaml"))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml is not a file"):
         load_gate(tmp_path / "none.yaml")
@@ -593,9 +638,10 @@ def test_an_untrained_sae_is_as_stable_as_chance():
     """A criterion on stability can be beaten by the control's null, and fails where there is one seed."""
     asked = {"criterion": "stable", "metric": "stability_mmcs", "op": ">=", "threshold": 0.3, "must_beat": "untrained"}
     gate = Gate.model_validate({"name": "g", "criteria": [asked | {"why": "so"}]})
-    null = {"site": "s", "l0": 8.0, "stability_mmcs": 0.4, "stability_mmcs_low": 0.38, "stability_mmcs_high": 0.42}
+    null = {"kind": "untrained", "site": "s", "l0": 8.0, "stability_mmcs": 0.4}
+    null |= {"stability_mmcs_low": 0.38, "stability_mmcs_high": 0.42}
     for value, expected in ((0.6, True), (0.41, False), (0.2, False), (None, False)):
         metrics = {"site": "s", "l0": 8.0, "stability_mmcs": value}
         if value is not None:
             metrics |= {"stability_mmcs_low": value - 0.02, "stability_mmcs_high": value + 0.02}
-        assert passes(apply(gate, metrics, {"control-untrained-relu-64-s": null})) is expected
+        assert passes(judge(gate, metrics, {"null": null})) is expected

@@ -25,8 +25,7 @@ from raysae.evaluate import nulls
 from raysae.evaluate.fidelity import Measurement, Paired, collect, measure_block
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import write_json
-from raysae.gates.criteria import apply, load_gate, passes
-from raysae.gates.select import by_metric
+from raysae.gates.criteria import judge, load_gate, passes
 from raysae.models.host import ModelHost, load_tokenizer
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
@@ -105,7 +104,7 @@ class World:
         controls = {name: {**metrics[name], **known, "sae_id": name} for name, known in facts.items()}
         found = {}
         for path in GATES:
-            verdicts = apply(load_gate(path), row, controls, (), by_metric(paired.difference))
+            verdicts = judge(load_gate(path), row, controls, (), paired.difference)
             found[path.stem] = {v.metric: (v.verdict, v.reason) for v in verdicts if v.mandatory}
             found[path.stem]["passes"] = (str(passes(verdicts)), "")
         return found
@@ -285,8 +284,8 @@ def test_a_good_sae_of_stories260k_passes_the_default_gate(shared, tmp_path):
     row = {**metrics["it"], **size, "dead_fraction": metrics["it"]["never_fired_fraction"]}
     controls = {name: {**metrics[name], **known, "sae_id": name} for name, known in found.items()}
     gate = load_gate(next(path for path in GATES if path.stem == "default"))
-    verdicts = apply(gate, row, controls, (), by_metric(paired.difference))
+    verdicts = judge(gate, row, controls, (), paired.difference)
     assert passes(verdicts), [v.reason for v in verdicts if v.stops]
     (null,) = controls
-    judged = apply(gate, {**controls[null], "dead_fraction": 0.0}, controls, (), by_metric(paired.difference))
+    judged = judge(gate, {**controls[null], "dead_fraction": 0.0}, controls, (), paired.difference)
     assert not passes(judged)

@@ -9,7 +9,8 @@ import pytest
 from raysae.config import NULLS, validate
 from raysae.errors import UserError
 from raysae.gates.criteria import Gate
-from raysae.gates.select import choose, decide, pareto_front
+from raysae.gates.decision import decide, settle
+from raysae.gates.select import choose, pareto_front
 from raysae.gates.waivers import Waiver
 
 GATE = Gate.model_validate(
@@ -161,9 +162,9 @@ def test_each_site_has_its_choice_in_their_order():
 def test_choosing_hands_the_controls_to_the_gate():
     fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
     gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
-    controls = {"control-untrained-relu-64-s": {"fvu": 0.08, "l0": 40.0, "site": "s"}}
+    nulls = {"control-untrained-relu-64-s": {"kind": "untrained", "fvu": 0.08, "l0": 40.0, "site": "s"}}
     assert chosen(HAND, gate) is None
-    assert chosen(HAND, gate, controls=controls) == "g"  # e meets the bound but is no better than the control
+    assert chosen(HAND, gate, nulls=nulls) == "g"  # e meets the bound but is no better than the control
 
 
 def test_an_error_below_nothing_counts_as_nothing():
@@ -207,7 +208,7 @@ def test_a_difference_inside_the_paired_interval_is_a_tie_for_fewer_failed_advis
 def test_a_null_is_subtracted_pair_by_pair():
     fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
     gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
-    control = {"fvu": 0.11, "fvu_low": 0.05, "fvu_high": 0.2, "l0": 40.0, "site": "s"}
+    control = {"kind": "untrained", "fvu": 0.11, "fvu_low": 0.05, "fvu_high": 0.2, "l0": 40.0, "site": "s"}
     table = table_of(("x", 4.0, 0.1, {"fvu_low": 0.04, "fvu_high": 0.19}))
     name = "control-untrained-relu-64-s"
     asked = []
@@ -216,13 +217,13 @@ def test_a_null_is_subtracted_pair_by_pair():
         asked.append((a, b, float(of(pd.DataFrame({"fvu": [0.7]})).iloc[0])))
         return (-0.01, -0.02, -0.001)
 
-    assert chosen(table, gate, controls={name: control}) is None, "the intervals overlap"
-    assert chosen(table, gate, controls={name: control}, subtract=subtract) == "x" and asked == [("x", name, 0.7)]
+    assert chosen(table, gate, nulls={name: control}) is None, "the intervals overlap"
+    assert chosen(table, gate, nulls={name: control}, subtract=subtract) == "x" and asked == [("x", name, 0.7)]
 
     def without(a, b, of):
         return of(pd.DataFrame({"l0": [0.7]}))
 
-    assert chosen(table, gate, controls={name: control}, subtract=without) is None
+    assert chosen(table, gate, nulls={name: control}, subtract=without) is None
 
 
 def test_less_than_a_hundredth_is_a_tie_however_sure():
@@ -366,10 +367,10 @@ def test_nothing_completed_is_no_choice_and_no_crash():
 GOOD = {"fvu": 0.2, "l0": 4.0, "n_rows": 50, "site": "s"}
 
 
-def decided(table=HAND, controls=None, test=GOOD, gate=GATE, **more):
-    choice = choose(table, gate, controls or {})
+def decided(table=HAND, nulls=None, test=GOOD, gate=GATE, **more):
+    choice = choose(table, gate, nulls or {})
     tests = {i: test for i in choice.chosen} if test is not None else {}
-    return decide(gate, "gate.yaml", choice, controls or {"control": {"fvu": 0.99}}, tests, **more)
+    return decide(gate, "gate.yaml", choice, nulls or {"control": {"fvu": 0.99}}, tests, **more)
 
 
 def test_go_needs_validation_controls_and_test():
@@ -391,7 +392,7 @@ def test_what_was_not_measured_on_test_is_no_go(test):
 
 
 def test_an_untrained_sae_that_passes_voids_the_gate():
-    decision = decided(controls={"good": {"fvu": 0.99}, "control-untrained": {"fvu": 0.29}})
+    decision = decided(nulls={"good": {"fvu": 0.99}, "control-untrained": {"fvu": 0.29}})
     assert decision["verdict"] == "no-go"
     assert (
         "void" in decision["reason"] and "control-untrained" in decision["reason"] and "gate.yaml" in decision["reason"]
@@ -402,7 +403,7 @@ def test_an_untrained_sae_that_passes_voids_the_gate():
 def test_a_null_of_any_kind_that_passes_voids_the_gate(kind):
     """PCA too: a gate that it passes has not shown what the SAE is for."""
     name = f"control-{kind}-topk-64-s"
-    decision = decided(controls={name: {"fvu": 0.29}})
+    decision = decided(nulls={name: {"kind": kind, "fvu": 0.29}})
     assert decision["verdict"] == "no-go" and decision["controls"][name]["passes_gate"]
     assert f"The gate is void: the null {name} passes it" in decision["reason"]
     assert f"must_beat: {kind}" in decision["reason"]
@@ -412,12 +413,12 @@ def test_a_linear_code_cannot_pass_a_gate_that_asks_it_to_be_beaten():
     fields = GATE.criteria[0].model_dump() | {"must_beat": "pca"}
     gate = GATE.model_copy(update={"criteria": (type(GATE.criteria[0])(**fields),)})
     table = table_of(("x", 4.0, 0.1)).assign(site="s")
-    controls = {"control-pca-topk-8-s": {"fvu": 0.2, "l0": 4.0, "site": "s"}}
+    nulls = {"control-pca-topk-8-s": {"kind": "pca", "fvu": 0.2, "l0": 4.0, "site": "s"}}
     test = GOOD | {"fvu": 0.1, "l0": 4.0, "site": "s"}
-    weak, asked = (decided(table, controls, test, g) for g in (GATE, gate))
+    weak, asked = (decided(table, nulls, test, g) for g in (GATE, gate))
     assert "void" in weak["reason"] and weak["verdict"] == "no-go"
     assert asked["verdict"] == "go" and asked["chosen"] == "x"
-    better = {name: m | {"fvu": 0.05} for name, m in controls.items()}
+    better = {name: m | {"fvu": 0.05} for name, m in nulls.items()}
     assert choose(table, gate, better).chosen == []
 
 
@@ -425,21 +426,21 @@ def test_a_null_that_passes_beside_other_saes_is_said_and_voids_nothing():
     """PCA with as many directions on as there are axes is faithful, and says nothing of an SAE at a tenth of its L0."""
     name = "control-pca-8-k8-s"
     for beside, void in ((["x"], False), (["x", "e"], True)):
-        decision = decided(controls={name: {"fvu": 0.1, "l0": 8.0, "site": "s", "beside": beside}})
+        decision = decided(nulls={name: {"fvu": 0.1, "l0": 8.0, "site": "s", "beside": beside}})
         assert ("void" in decision["reason"]) is void and (decision["verdict"] == "go") is not void
         assert (
             void
             or f"The null {name} passes the gate as well, at an L0 or size that was not chosen" in decision["reason"]
         )
-    trained = {"control-shuffled_rows-topk-8-s": {"fvu": 0.1, "l0": 8.0, "site": "s", "beside": ["x"]}}
-    assert "void" in decided(controls=trained)["reason"], "one stands for all of its site"
+    trained = {"trained": {"kind": "shuffled_rows", "fvu": 0.1, "l0": 8.0, "site": "s", "beside": ["x"]}}
+    assert "void" in decided(nulls=trained)["reason"], "one stands for all of its site"
 
 
 def test_the_choice_is_held_against_its_nulls_on_the_split_that_it_is_measured_on():
     fields = GATE.criteria[0].model_dump() | {"must_beat": "untrained"}
     gate = Gate.model_validate({"name": "toy", "criteria": [fields]})
     name = "control-untrained-relu-64-s"
-    weak = {name: {"fvu": 0.29, "l0": 40.0, "site": "s", "beside": ["e"]}}
+    weak = {name: {"kind": "untrained", "fvu": 0.29, "l0": 40.0, "site": "s", "beside": ["e"]}}
     choice = choose(HAND, gate, weak)
     (chosen,) = choice.chosen
     tests = {chosen: GOOD | {"sae_id": chosen, "l0": 5.0, "site": "s", "fvu": 0.2}}
@@ -465,10 +466,10 @@ def test_the_choice_is_held_against_its_nulls_on_the_split_that_it_is_measured_o
 
 def test_an_untrained_model_s_sae_that_passes_is_said_and_voids_nothing():
     name = "control-untrained_model-topk-64-s"
-    decision = decided(controls={name: {"fvu": 0.01}})
+    decision = decided(nulls={name: {"kind": "untrained_model", "fvu": 0.01}})
     assert decision["verdict"] == "go" and decision["controls"][name]["passes_gate"]
     assert f"{name} passes the gate as well: nothing in it depends on what the model has learnt" in decision["reason"]
-    assert "as well" not in decided(controls={name: {"fvu": 0.99}})["reason"]
+    assert "as well" not in decided(nulls={name: {"kind": "untrained_model", "fvu": 0.99}})["reason"]
 
 
 def test_no_go_names_the_closest_and_what_it_misses():
@@ -591,6 +592,29 @@ def test_a_gate_whose_subject_is_not_measured_is_incomplete():
     assert waived["verdict"] == "go" and waived["unmeasured"][0]["waived"]
     advisory = Gate.model_validate({**GATE.model_dump(), "unmeasured": [{**MISSING, "mandatory": False}]})
     assert decided(gate=advisory)["verdict"] == "go"
+
+
+def test_a_gate_that_chooses_nothing_settles_what_was_measured():
+    gate = Gate.model_validate({**GATE.model_dump(), "choose": None})
+    metrics = {"fvu": 0.2, "fvu_low": 0.1, "fvu_high": 0.3, "n_rows": 50}
+    found = settle(gate, "g.yaml", metrics, {"n": {"fvu": 0.9}}, evidence_path="study.json")
+    assert (found["verdict"], found["reason"]) == ("go", "Every mandatory criterion is met on the test split.")
+    (record,) = found["criteria"]
+    assert (record["split"], record["evidence_path"], record["high"], record["n"]) == ("test", "study.json", 0.3, 50)
+    assert found["controls"]["n"]["passes_gate"] is False and "chosen" not in found
+    missed = settle(gate, "g.yaml", {"fvu": 0.4})
+    assert missed["verdict"] == "no-go" and "test split: fvu 0.4, must be <= 0.3." in missed["reason"]
+    void = settle(gate, "g.yaml", metrics, {"n": {"kind": "shuffled", "fvu": 0.3}})
+    assert void["verdict"] == "no-go" and "the null n passes it. Tighten g.yaml, or" in void["reason"]
+    open_ = Gate.model_validate({**gate.model_dump(), "unmeasured": [MISSING]})
+    assert settle(open_, "g.yaml", metrics)["verdict"] == "incomplete"
+    both = Waiver(waived_by="A. Person", why="so", criteria=("faithful", MISSING["subject"]))
+    waived = settle(open_, "g.yaml", {"fvu": 0.4}, waiver=both)
+    assert waived["verdict"] == "go" and waived["unmeasured"][0]["waived"]
+    assert "Every mandatory criterion that is not waived is met" in waived["reason"]
+    for choosing in (lambda: choose(HAND, gate), lambda: decide(gate, "g.yaml", choose(HAND, GATE), {}, {})):
+        with pytest.raises(ValueError, match="toy chooses no SAE"):
+            choosing()
 
 
 def test_looks_at_the_test_split_are_recorded():

@@ -66,6 +66,12 @@ def test_a_mistake_in_a_waiver_is_one_line(tmp_path, fields, said):
         assert part in message
 
 
+def test_a_gate_that_chooses_nothing_may_have_each_criterion_waived(tmp_path):
+    file = waiver_file(tmp_path, criteria=["the code is sparse"])
+    study = Gate.model_validate({**GATE.model_dump(), "choose": None})
+    assert load_waiver(file, study, None).criteria == ("the code is sparse",)
+
+
 def test_a_waiver_is_for_the_run_that_it_names(tmp_path):
     file = waiver_file(tmp_path, run="phase1")
     assert load_waiver(file, GATE, tmp_path / "phase1").run == "phase1"
