@@ -36,7 +36,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e '.[all]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(CONSTRAINTS) requirements-peers.txt | $(VENV)/bin/python

@@ -455,6 +455,13 @@ class ReplicateJob(Section):
     """Exit with 3 unless every bit is the same, as a CPU gives it with the same packages and threads."""
 
 
+class GateJob(Section):
+    """raysae: print a run's decision and what was waived; exit 0 on a go and 3 on anything else."""
+
+    run: CliPositionalArg[UserPath]
+    """A run's directory, such as results/<run>."""
+
+
 class BundleJob(Section):
     """raysae: put all that an auditor of a run needs into one archive, with the sha256 of each part."""
 

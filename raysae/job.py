@@ -1,4 +1,4 @@
-"""What every job's entry point shares: how mistakes and verdicts become lines and exit statuses."""
+"""How a command ends: which mistake or signal becomes which line and exit status."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from errno import EACCES, EPERM, EROFS
 from types import FrameType
 
 from raysae.errors import Fault, UserError
-from raysae.gates.waivers import in_words
-from raysae.run import Run
-
-NO_GO = 3
 
 
 def run_job(main: Callable[[list[str]], int | None]) -> None:
@@ -70,38 +66,3 @@ def _interrupted(caught: list[int]) -> int:
     """Say so, and the exit status: 128 and the signal's number."""
     print("interrupted; the same command goes on from here", file=sys.stderr, flush=True)
     return 128 + (caught[0] if caught else signal.SIGINT)
-
-
-def verdict(run: Run) -> str:
-    """The decision, and below it what was traded at each site and what was waived."""
-    lines: list[str | None] = [f"{run.decision['verdict'].upper()}: {run.decision['reason']}"]
-    for site, choice in (run.decision.get("choices") or {}).items():
-        if choice["chosen"]:
-            score, second = choice["score"], choice["runner_up"]
-            on_test = f"; on test {score['test']['in_words']}" if score["test"] else ""
-            lines.append(f"{site}: {choice['chosen']}, {choice['candidates'][0]['in_words']}{on_test}")
-            lines.append(f"  runner-up {second['sae_id']}: {second['why']}" if second else None)
-    lines.append(in_words(run.decision))
-    return "\n".join(line for line in lines if line)
-
-
-def summary(run: Run) -> str:
-    """The run in a few lines: the front of the table, the decision, where to look."""
-    table = run.table
-    shown = [
-        "sae_id", "status", "d_sae", "l0", "fvu", "fvu_low", "fvu_high", "ce_loss_recovered", "ce_delta", "kl",
-        "dead_fraction", "pareto", "passes_gate",
-    ]  # fmt: skip
-    columns = [c for c in shown if c in table]
-    rows = table.sort_values(["status", "l0"])[columns].to_string(
-        index=False, float_format=lambda v: f"{v:.4g}", na_rep="–"
-    )
-    return "\n".join(
-        [
-            rows,
-            "",
-            verdict(run),
-            f"report   {run.report}",
-            f"curves   tensorboard --logdir {(run.path / 'tune').resolve()}",
-        ]
-    )

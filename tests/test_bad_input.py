@@ -1,32 +1,22 @@
 """Bad input of the main job, a row each: exit status 2, one line that names the field or file, and nothing written."""
 
-import importlib.util
 import os
 import sys
 from errno import EACCES, EDQUOT, ENOENT, ENOSPC, EROFS
-from functools import cache
 from pathlib import Path
 
 import pytest
 
+from raysae.cli import sweep
 from raysae.config import SweepJob, load_config
 from raysae.job import run_job
 from raysae.stages import Stages
 
-JOBS = Path(__file__).parents[1] / "jobs"
 WIDE = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n"
     for before, after in zip("abcdefgh", "bcdefghi", strict=True)
 )
 DEEP = "".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}]\n" for i in range(3000))
-
-
-@cache
-def main_of(job):
-    spec = importlib.util.spec_from_file_location(job, JOBS / f"{job}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture
@@ -36,12 +26,10 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def run(*argv):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(
-            sys, "argv", ["sweep_sae.py", *argv, "--gate", str(JOBS.parent / "configs/gates/default.yaml")]
-        )
+        monkeypatch.setattr(sys, "argv", ["sweep_sae.py", *argv])
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(SystemExit) as caught:
-            run_job(main_of("sweep_sae"))
+            run_job(sweep)
         out, said = capsys.readouterr()
         assert caught.value.code == 2, said
         assert said.startswith("error: ") and said.count("\n") == 1 and len(said) < 600, said

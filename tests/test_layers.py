@@ -31,6 +31,7 @@ LAYERS = (
     "flow",
     "planning",
     "replicate",
+    "cli",
 )  # upwards
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
