@@ -474,7 +474,7 @@ class BundleJob(Section):
 
 
 def load_config(job: type[Job], argv: list[str] | None = None, config: str | Path | None = None) -> Job:
-    """The job's config from `--config FILE ...` (or `config`) and dotted overrides.
+    """The job's config from `--config FILE ...` (or `config`) and dotted overrides; a file, or a shipped one by its name.
 
     Of several files a later one wins over an earlier, and the command line over all.
 
@@ -486,7 +486,7 @@ def load_config(job: type[Job], argv: list[str] | None = None, config: str | Pat
     )
     parser.add_argument(
         "--config", type=Path, nargs="+", default=[Path(config)] if config else [],
-        help="YAML files with any of the fields below; a later one wins, such as a recipe over a config",
+        help="YAML files (or names of shipped ones) with any of the fields below; a later one wins, as a recipe does",
     )  # fmt: skip
     settings = type(job.__name__, (BaseSettings, job), {"model_config": SettingsConfigDict(**job.model_config)})
     source = CliSettingsSource[_Parser](
@@ -502,7 +502,7 @@ def load_config(job: type[Job], argv: list[str] | None = None, config: str | Pat
     files = vars(arguments).pop("config")
     values: dict[str, Any] = {}
     for file in files:
-        values = _merge(values, read_yaml("config", file))
+        values = _merge(values, read_yaml("config", locate("config", file)))
     try:
         overrides = source(parsed_args=vars(arguments))()
     except SettingsError as error:
@@ -553,6 +553,27 @@ def _given(value: str) -> str:
 def _closest(name: str, fields: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sorted(fields), n=1, cutoff=0.4)
     return f"did you mean {close[0].lstrip('-')}? --help lists all fields" if close else "--help lists all fields"
+
+
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = next((folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir()), PACKAGE)
+"""Shipped configs, recipes and gates: inside an installed package, beside the package in a checkout."""
+
+
+def locate(field: str, path: Path) -> Path:
+    """`path`; where there is no such file, the shipped gate (`field` gate), config or recipe of that name: `quickstart`,
+    `recipes/topk_gao`, `gates/default`, with or without `configs/` and `.yaml`. UserError lists the names.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return path
+    files = {file.relative_to(SHIPPED).with_suffix("").as_posix(): file for file in sorted(SHIPPED.rglob("*.yaml"))}
+    folders = ("gates",) if field == "gate" else (SHIPPED.name, "recipes")
+    names = {name: file for name, file in files.items() if file.parent.name in folders}
+    name = path.as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if name not in names:
+        raise UserError(f"{field}: {path} is not a file, and none is shipped by that name; shipped: {', '.join(names)}")
+    return names[name]
 
 
 def read_yaml(field: str, path: Path) -> dict[str, Any]:

@@ -14,7 +14,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-ON_RAY = ("test_damage.py", "test_faults.py", "test_flow.py", "test_jobs_api.py", "test_replicate.py")
+ON_RAY = (
+    "test_damage.py",
+    "test_faults.py",
+    "test_flow.py",
+    "test_jobs_api.py",
+    "test_replicate.py",
+    "test_wheel.py",
+)
 """Files whose tests start Ray or use its cluster. Under xdist one worker runs them all, so that there is one cluster."""
 
 

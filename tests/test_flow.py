@@ -433,7 +433,7 @@ def test_a_mistake_exits_with_2_and_prints_one_line(tmp_path):
 def test_relative_output_in_a_jobs_folder_is_refused(tmp_path):
     folder = tmp_path / "_ray_pkg_0123"
     folder.mkdir()
-    wrong = job("--gate", str(ROOT / "configs/gates/default.yaml"), cwd=folder)
+    wrong = job(cwd=folder)
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: output:")
     assert list(folder.iterdir()) == []
 

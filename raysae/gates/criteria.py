@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
-from raysae.config import NULLS, Section, read_yaml, validate
+from raysae.config import NULLS, Section, locate, read_yaml, validate
 from raysae.errors import UserError
 from raysae.evaluate.fidelity import RECOVERED
 from raysae.evaluate.nulls import ELSEWHERE, TRAINED
@@ -232,13 +232,10 @@ class Verdict:
 def load_gate(path: Path) -> Gate:
     """The gate in a YAML file, or one line that names the file and the field.
 
-    A relative path that is not there from the current folder is looked for in the checkout, so that the shipped gates are
-    found from a notebook anywhere. A gate that chooses an SAE and bounds no L0 is refused: a dense SAE is faithful and
-    says nothing.
+    Where there is no such file, the shipped gate of that name. A gate that chooses an SAE and bounds no L0 is refused: a
+    dense SAE is faithful and says nothing.
     """
-    if not path.is_absolute() and not path.exists():
-        shipped = Path(__file__).resolve().parents[2] / path
-        path = shipped if shipped.exists() else path
+    path = locate("gate", path)
     gate = validate(Gate, read_yaml("gate", path), where=str(path))
     if not keeps_dense_out(gate):
         raise UserError(
