@@ -5,7 +5,7 @@
 8 TopK SAEs of 512 latents, k 16, untrained, since their quality does not change what they cost, on TinyStories,
 stories260K (5 blocks, d 64), blocks.2.resid_post and blocks.4.resid_post. The target is a ratio of 2. Two ways to ask:
 
-- in a run: the evaluation stage, `hosts.map_blocks` over a split in a pool of hosts, from their start to their end. First
+- in a run: the evaluation stage, `RayBench.over_blocks` over a split, from the start of its hosts to their end. First
   the validation split, all of it scored; then the training split, of which the default 50,000 tokens are scored and the
   other rows are reconstructed only. The hosts' start, some ten seconds, is shared: as much as a run pays.
 - on a host: `measure_block` on one validation block of about 16,000 tokens, all scored, on a host that is there. The SAEs
@@ -37,13 +37,12 @@ import quality
 import torch
 
 from raysae.activations.store import Store
-from raysae.config import EvaluationConfig
+from raysae.config.sections import ClusterConfig, EvaluationConfig
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate import fidelity
 from raysae.evaluate.fidelity import Measurement, measure_block
 from raysae.models.host import ModelHost
-from raysae.on_ray.hosts import map_blocks
-from raysae.placement import place_hosts
+from raysae.on_ray.bench import RayBench
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.train import untrained
@@ -128,14 +127,14 @@ def in_a_run(table: common.Table, saes_in: Path, root: Path, site: str, split: s
     saes = tuple((path.name, path) for path in sorted(saes_in.glob("sae-*")))
     shards = [shard for shard in Store(root / "store").shards if shard.split == split]
     blocks = [{"name": s.name, "file": f"{s.name.rpartition('-')[0]}.parquet", "rows": s.rows} for s in shards]
-    placement = place_hosts(common.cores(), 0, None, len(blocks))
+    bench = RayBench(ClusterConfig(max_restarts=0))  # in the cluster that is there
     rows = sum(s.rows for s in shards)
     scored = min(1.0, EvaluationConfig().max_tokens / rows)
     model = {"name": str(quality.model_path()), "revision": None, "dtype": "float32", "trust_remote_code": False}
 
     def evaluate(members: tuple[tuple[str, Path], ...]) -> None:
         task = Measurement(root / "store", site, members, saes_in / "run", 16_384, scored)
-        map_blocks("evaluate", blocks, root / "tokens", task.root, model, task, placement, max_restarts=0)
+        bench.over_blocks("evaluate", blocks, root / "tokens", task.root, model, task)
 
     seconds = common.alternate({"one": lambda: evaluate(saes[:1]), "eight": lambda: evaluate(saes)}, repeats)
     name = f"in a run, {rows} rows, {scored:.0%} scored"

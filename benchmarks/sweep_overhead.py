@@ -4,7 +4,7 @@
 
 Sixteen SAEs (relu and topk, expansion factors 4 and 8, four coefficients each) of d_in 96, one to a trial, no pruning.
 
-- sweep: `on_ray.tune.run_sweep` from start to end, in a Ray cluster that is already up: trials' processes with their
+- sweep: `RayBench.search` from start to end, in a Ray cluster that is already up: trials' processes with their
   imports, searching, reading the store, validation at rungs, reports, checkpoints, saving the SAEs.
 - steps: `Pack.train` of each SAE over the same batches of the same store, summed, in this process with all cores'
   threads. Building the SAE and opening the store are left out. Half of them run before the sweep, half after it.
@@ -30,8 +30,8 @@ import common
 import torch
 
 from raysae.activations.store import Store
-from raysae.on_ray.tune import run_sweep
-from raysae.placement import place_trials
+from raysae.config.sections import ClusterConfig
+from raysae.on_ray.bench import RayBench
 from raysae.sae.train import Member, Pack
 from raysae.sweep.prune import Pruning
 from raysae.sweep.search import PackSearch
@@ -84,7 +84,8 @@ def measure(store: Path, root: Path, steps: int) -> dict[str, float]:
     shared = recipe(steps * BATCH, BATCH, 0.05, 0.2, 0.1, 1_000_000)
     saes = [member for p in PLAN for member in members(p, p.coefficient or 0, D_IN, [0], COMMON)]
     trial = Trial(Store(store), shared, RUNGS, 0, root, {"model_name": "synthetic"})
-    placement = place_trials(common.cores(), 0, cpus_per_trial=1, gpus_per_trial=1)
+    bench = RayBench(ClusterConfig(max_restarts=0))  # in the cluster that is there
+    placement = bench.trials()
     search = PackSearch(PLAN, {SITE: D_IN}, {}, [0], COMMON, pack_size=1, seed=0)
 
     def bare(member: Member) -> float:
@@ -96,7 +97,7 @@ def measure(store: Path, root: Path, steps: int) -> dict[str, float]:
 
     def sweep() -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # Tune's tables
-            errors = run_sweep(search, trial, Pruning(), placement, 0)
+            errors = bench.search(search, trial, Pruning())
         if errors:
             raise RuntimeError(f"trials failed: {errors}")
 

@@ -1,7 +1,7 @@
 """raysae finds the right sparse autoencoder for a language model on a Ray cluster, and shows the evidence.
 
 >>> import raysae
->>> run = raysae.sweep(raysae.SweepJob())     # everything that jobs/sweep_sae.py does
+>>> run = raysae.run_sweep(raysae.SweepJob())     # everything that jobs/sweep_sae.py does
 >>> run.table, run.decision, run.sae()        # or raysae.Run.open("results/<run>")
 """
 
@@ -16,29 +16,29 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
-__all__ = ["SAE", "Run", "Store", "SweepJob", "UserError", "load_config", "sweep"]
+__all__ = ["SAE", "Run", "Store", "SweepJob", "UserError", "load_config", "run_sweep"]
 
 _WHERE = {
     "SAE": "raysae.sae.sae",
     "Run": "raysae.run",
     "Store": "raysae.activations.store",
-    "SweepJob": "raysae.config",
+    "SweepJob": "raysae.config.jobs",
     "UserError": "raysae.errors",
-    "load_config": "raysae.config",
+    "load_config": "raysae.config.load",
+    "run_sweep": "raysae.studies.sweep",
 }
 
 if TYPE_CHECKING:
     from raysae.activations.store import Store
-    from raysae.config import SweepJob, load_config
+    from raysae.config.jobs import SweepJob
+    from raysae.config.load import load_config
     from raysae.errors import UserError
-    from raysae.flow import sweep as sweep
     from raysae.run import Run
     from raysae.sae.sae import SAE
+    from raysae.studies.sweep import run_sweep
 
 
 def __getattr__(name: str) -> Any:  # loaded on first use: `import raysae.sae` needs neither Ray nor transformers
-    if name == "sweep":  # a package that can be called
-        return importlib.import_module("raysae.sweep")
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'raysae' has no attribute {name!r}")

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raysae import __version__
-from raysae.config import BundleJob, GateJob, ProbeJob, ReplicateJob, Section, SweepJob, load_config
+from raysae.config.jobs import BundleJob, GateJob, ProbeJob, ReplicateJob, SweepJob
+from raysae.config.load import load_config
+from raysae.config.sections import Section
 from raysae.errors import UserError
 from raysae.job import run_job
 
@@ -32,11 +34,11 @@ def sweep(argv: list[str]) -> int:
     config = load_config(SweepJob, argv)
     _need("ray", "report", *(["wandb"] if config.tracking.wandb_project else []))
     if config.plan:
-        from raysae.planning import plan
+        from raysae.studies.plan import plan
 
         print(plan(config))
         return 0
-    from raysae.flow import sweep as run_sweep
+    from raysae.studies.sweep import run_sweep
 
     run = run_sweep(config)
     print(_summary(run))
@@ -96,8 +98,8 @@ def replicate(argv: list[str]) -> int:
     """A run made again and compared; NO_GO where it does not replicate."""
     config = load_config(ReplicateJob, argv)
     _need("ray", "report")
-    from raysae.replicate import in_words, replicate
     from raysae.run import Run
+    from raysae.studies.replicate import in_words, replicate
 
     comparison = replicate(Run.open(config.run, verify=True), config.output, config.exact)
     print(in_words(comparison))

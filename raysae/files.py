@@ -322,8 +322,8 @@ def _seal(value: Mapping[str, Any]) -> str:
 
 
 def canonical(value: Any) -> str:
-    """`value` as JSON with one spelling: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    """`value` as JSON with one spelling: sorted keys, no spaces. TypeError for what JSON does not know."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

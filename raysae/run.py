@@ -11,7 +11,7 @@ import pandas as pd
 
 from raysae.activations.store import Store
 from raysae.artifacts import read_manifest
-from raysae.config import read_yaml
+from raysae.config.load import read_yaml
 from raysae.errors import Damaged, UserError
 from raysae.evaluate.nulls import ELSEWHERE, beside
 from raysae.evaluate.probes import Subject

@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_RAY = (
+    "test_bench.py",
     "test_damage.py",
     "test_faults.py",
     "test_flow.py",

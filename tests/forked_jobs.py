@@ -13,13 +13,14 @@ import threading
 import time
 from glob import glob
 
-from raysae.config import SweepJob, load_config
+from raysae.config.jobs import SweepJob
+from raysae.config.load import load_config
 from raysae.evaluate import features, nulls, risk
-from raysae.flow import sweep
 from raysae.job import run_job
-from raysae.on_ray import hosts, tune
+from raysae.on_ray import bench
+from raysae.studies.sweep import run_sweep
 
-IMPORTED = (hosts, tune, features, nulls, risk)
+IMPORTED = (bench, features, nulls, risk)
 
 
 def set_trap(number: int, when: str, pattern: str) -> None:
@@ -57,7 +58,7 @@ def run(job: dict) -> None:
         set_trap(*job["trap"])
 
     def main(argv: list[str]) -> None:
-        sweep(load_config(SweepJob, argv))
+        run_sweep(load_config(SweepJob, argv))
 
     run_job(main)
 

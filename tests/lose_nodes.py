@@ -31,7 +31,7 @@ def main(config: Path) -> None:
             print("removed a node", flush=True)
 
     threading.Thread(target=lose, daemon=True).start()
-    raysae.sweep(job)
+    raysae.run_sweep(job)
     ray.shutdown()
     cluster.shutdown()
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from raysae.bench import LocalBench
 
 from raysae.artifacts import fingerprint
-from raysae.config import SweepJob
+from raysae.config.jobs import SweepJob
 from raysae.files import read_json_if, read_sealed
 from raysae.seal import SEAL, seal
+from raysae.studies.sweep import SweepStudy
+from raysae.workspace import Made, Stage, Workspace
 
 GATE = Path(__file__).resolve().parents[1] / "configs" / "gates" / "default.yaml"
 
@@ -43,6 +47,17 @@ def small_values(model_path: Path, output: Path, **changes: Any) -> dict[str, An
 
 def small_job(model_path: Path, output: Path, **changes: Any) -> SweepJob:
     return SweepJob.model_validate(small_values(model_path, output, **changes))
+
+
+def make(root: Path, kind: str, settings: dict[str, Any], build: Callable[[Path], Mapping[str, Any]]) -> Made:
+    """The stage that `build` fills, below `root`, in a workspace of its own as another job's."""
+    stage = Stage(kind, 1, settings, {}, lambda path, inputs, bench: build(path))
+    return Workspace(root, LocalBench()).make(stage)
+
+
+def study(job: SweepJob) -> SweepStudy:
+    """The job as stages, which this process would make."""
+    return SweepStudy(job, LocalBench())
 
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:

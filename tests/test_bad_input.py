@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from raysae.cli import sweep
-from raysae.config import SweepJob, load_config
+from raysae.config.jobs import SweepJob
+from raysae.config.load import load_config
 from raysae.job import run_job
-from raysae.stages import Stages
+from raysae.workspace import Workspace
 
 WIDE = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n"
@@ -22,7 +23,7 @@ DEEP = "".join(f"a{i}: &a{i} [{f'*a{i - 1}' if i else 'x'}]\n" for i in range(30
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """Runs the main job in an empty folder, up to its first stage; returns its one line."""
-    monkeypatch.setattr(Stages, "records", lambda *_: pytest.fail("the run went on"))
+    monkeypatch.setattr(Workspace, "make", lambda *_: pytest.fail("the run went on"))
 
     def run(*argv):
         monkeypatch.chdir(tmp_path)

@@ -1,12 +1,12 @@
 """What a run spent against its budget, and which runs are refused before they start."""
 
 import pytest
-from small import small_job, small_values
+from small import small_job, small_values, study
 
 import raysae
-from raysae.budget import refuse_overspending, spending
+from raysae.config.load import validate
 from raysae.errors import UserError
-from raysae.flow import Flow
+from raysae.plan.budget import refuse_overspending, spending
 
 NOTHING = {"device_hours": None, "tokens": None, "gigabytes": None}
 
@@ -49,26 +49,26 @@ def test_only_more_than_the_limit_is_refused():
 ])  # fmt: skip
 def test_a_run_that_must_overspend_does_not_start(arithmetic_model, tmp_path, name, limit, what):
     values = small_values(arithmetic_model, tmp_path, budget={name: limit})
-    flow = Flow(raysae.config.validate(raysae.SweepJob, values))
+    small = study(validate(raysae.SweepJob, values))
     with pytest.raises(UserError, match=rf"budget\.{name}: {what}"):
-        flow.prepare()
+        small.prepare()
     begun = {path.name.split("-")[0] for path in tmp_path.glob("stages/*") if path.name != ".locks"}
     assert begun == (set() if what == "4 SAEs take 159,744" or limit == 1e-5 else {"records", "tokens"})
-    assert not flow.directory.exists()
+    assert not small.directory.exists()
 
 
 def test_the_check_counts_what_the_ledger_will(arithmetic_model, tmp_path):
     """A budget of exactly what the records, captured rows and SAEs come to is enough; one token less is not."""
-    probe = Flow(small_job(arithmetic_model, tmp_path))
-    rows = probe.prepare().tokens.manifest["rows"]
+    probe = study(small_job(arithmetic_model, tmp_path))
+    rows = probe.workspace.make(probe.tokens).manifest["rows"]
     exactly = 4 * (40_000 // 512) * 512 + 2 * sum(rows.values()) + rows["validation"]
-    Flow(small_job(arithmetic_model, tmp_path, budget={"tokens": exactly})).prepare()
+    study(small_job(arithmetic_model, tmp_path, budget={"tokens": exactly})).prepare()
     with pytest.raises(UserError, match=r"budget\.tokens"):
-        Flow(small_job(arithmetic_model, tmp_path, budget={"tokens": exactly - 1})).prepare()
+        study(small_job(arithmetic_model, tmp_path, budget={"tokens": exactly - 1})).prepare()
 
 
 def test_a_budget_is_no_part_of_what_results_depend_on(arithmetic_model, tmp_path):
     one, two = (
-        Flow(small_job(arithmetic_model, tmp_path, **changes)) for changes in ({}, {"budget": {"tokens": 10**9}})
+        study(small_job(arithmetic_model, tmp_path, **changes)) for changes in ({}, {"budget": {"tokens": 10**9}})
     )
     assert one.directory == two.directory and one.identity() == two.identity()

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from raysae import cli
-from raysae.config import SHIPPED, SweepJob, load_config, locate
+from raysae.config.jobs import SweepJob
+from raysae.config.load import SHIPPED, load_config, locate
 from raysae.errors import UserError
 from raysae.gates.criteria import load_gate
 

@@ -8,7 +8,9 @@ import torch
 import yaml
 from pydantic import BaseModel
 
-from raysae.config import NULLS, ProbeJob, Section, SweepJob, dump_yaml, load_config, validate
+from raysae.config.jobs import ProbeJob, SweepJob
+from raysae.config.load import dump_yaml, load_config, validate
+from raysae.config.sections import NULLS, Section
 from raysae.errors import UserError
 from raysae.files import output_root
 from raysae.sae.architectures import ARCHITECTURES, initial_parameters

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from small import reseal, small_job, small_values, timeless, write_config
+from raysae.on_ray.bench import RayBench
+from small import reseal, small_job, small_values, study, timeless, write_config
 
 import raysae
 from raysae import run_folder
-from raysae.artifacts import Stage, fingerprint
+from raysae.artifacts import fingerprint
 from raysae.errors import Damaged, UserError
-from raysae.files import read_json, read_sealed, write_json, write_sealed
-from raysae.flow import Flow
+from raysae.files import compare, read_json, read_sealed, write_json, write_sealed
 from raysae.report import write_report
 from raysae.run import Run
 from raysae.seal import SEAL, check, seal
@@ -66,7 +66,7 @@ def names(file: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(ray_cluster, arithmetic_model, tmp_path_factory) -> Run:
-    return raysae.sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("results"), **TINY))
+    return raysae.run_sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("results"), **TINY))
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def again(run, arithmetic_model, tmp_path) -> Callable[..., None]:
 
 @pytest.fixture
 def nothing_starts(monkeypatch):
-    monkeypatch.setattr(Flow, "cluster", property(lambda self: pytest.fail("work was begun")))
+    monkeypatch.setattr(RayBench, "cluster", property(lambda self: pytest.fail("work was begun")))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -93,7 +93,7 @@ def stages_of(run: Run) -> list[Path]:
 
 
 def verify(folder: Path) -> None:
-    Stage(folder, read_sealed(folder / "manifest.json"), reused=True).verify()
+    compare(folder, read_sealed(folder / "manifest.json")["files"])
 
 
 def test_every_file_of_every_stage_is_covered(run):
@@ -182,12 +182,12 @@ def job(arithmetic_model, tmp_path) -> raysae.SweepJob:
 
 def finished(job: raysae.SweepJob) -> Path:
     """A folder as a run of the job leaves it."""
-    flow = Flow(job)
-    flow.directory.mkdir(parents=True)
-    write_json(flow.directory / "identity.json", flow.identity())
-    seal(flow.directory, [], fingerprint(flow.identity()))
-    Flow(job)
-    return flow.directory
+    mine = study(job)
+    mine.directory.mkdir(parents=True)
+    write_json(mine.directory / "identity.json", mine.identity())
+    seal(mine.directory, [], fingerprint(mine.identity()))
+    study(job)
+    return mine.directory
 
 
 def edit(file: Path, old: str, new: str) -> None:
@@ -207,33 +207,33 @@ def test_what_a_run_was_made_from_belongs_to_it(job, tmp_path):
         content = file.read_text()
         edit(file, old, new)
         with pytest.raises(UserError, match=rf"^run: .*mine was made from other content of {what}; ") as caught:
-            Flow(job)
+            study(job)
         assert "\n" not in str(caught.value)
-        assert Flow(job.model_copy(update={"run": None})).directory.name != "mine"
+        assert study(job.model_copy(update={"run": None})).directory.name != "mine"
         file.write_text(content)
-    Flow(job)
+    study(job)
 
 
 def test_a_basis_that_is_not_what_was_written_is_refused(folder, job):
     decision = (folder / "decision.json").read_text()
     (folder / "decision.json").write_text(decision.replace('"no-go"', '"go"   '))
     with names(folder / "decision.json"):
-        Flow(job.model_copy(update={"basis": folder}))
+        study(job.model_copy(update={"basis": folder}))
 
 
 def test_a_folder_whose_identity_is_damaged_is_the_seal_s(job):
     folder = finished(job)
     (folder / "identity.json").write_text("{")
-    Flow(job)
+    study(job)
     (folder / SEAL).write_text("[]")
     with pytest.raises(
         Damaged, match=r"identity\.json: is not JSON; delete .*mine and run again, or give another --run"
     ):
-        Flow(job)
+        study(job)
     with pytest.raises(UserError, match="belongs to another config"):
         (folder / SEAL).unlink()
         write_json(folder / "identity.json", {"another": 1})
-        Flow(job)
+        study(job)
 
 
 def test_a_kill_while_the_first_file_is_written_leaves_the_folder_free(job):
@@ -243,17 +243,17 @@ def test_a_kill_while_the_first_file_is_written_leaves_the_folder_free(job):
     (root / "mine").mkdir(parents=True)
     (root / "mine" / f".identity.json.{ended.pid}.tmp").write_text("{")
     (root / f".mine.{ended.pid}.tmp").mkdir()
-    Flow(job)
+    study(job)
     assert [path.name for path in root.iterdir()] == ["mine"]
     (root / "mine" / "notes").write_text("")
     with pytest.raises(UserError, match="is not empty and no run of raysae"):
-        Flow(job)
+        study(job)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/abs", "a/b", "x" * 300, "..", "", "a\n", "stages", "looks"])
 def test_a_run_s_name_is_one_folder_s(job, name):
     with pytest.raises(UserError, match=r"^run: ") as caught:
-        Flow(job.model_copy(update={"run": name}))
+        study(job.model_copy(update={"run": name}))
     assert "\n" not in str(caught.value) and not Path(job.output).exists()
 
 

@@ -23,12 +23,12 @@ from small import sae_hashes, small_job, small_values, stage_of, timeless, write
 import raysae
 from raysae.activations import capture
 from raysae.activations.store import Store
-from raysae.artifacts import Stage
 from raysae.errors import CaptureError
-from raysae.flow import Flow
 from raysae.on_ray import tune
+from raysae.studies.sweep import SweepStudy, bench_of
 from raysae.sweep import trial as trials
 from raysae.sweep.trial import Trial
+from raysae.workspace import Made
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGER = {"tokens": 80_000, "rungs": 8}
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, arithmetic_model, tmp_path_factory) -> raysae.Run:
-    return raysae.sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("undisturbed"), training=LONGER))
+    return raysae.run_sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("undisturbed"), training=LONGER))
 
 
 def rows_of(output: Path) -> dict[str, int]:
@@ -69,7 +69,7 @@ def sweep_while_killing(find_pid: Callable[[], int | None], model: Path, output:
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    run = raysae.sweep(small_job(model, output, training=LONGER))
+    run = raysae.run_sweep(small_job(model, output, training=LONGER))
     thread.join()
     assert killed
     return run
@@ -126,7 +126,7 @@ def test_a_killed_trial(ray_cluster, undisturbed, arithmetic_model, tmp_path, mo
     """With five of its eight rungs to go. The moment is the trial's own: it lasts a fraction of a second."""
     note = tmp_path / "killed"
     monkeypatch.setattr(tune, "run_trial", dying_once(note))
-    run = raysae.sweep(small_job(arithmetic_model, tmp_path / "results", training=LONGER))
+    run = raysae.run_sweep(small_job(arithmetic_model, tmp_path / "results", training=LONGER))
     assert note.read_text()
     same(run, undisturbed)
 
@@ -239,7 +239,7 @@ def test_a_run_goes_on_from_every_moment_to_the_same_bits(ray_cluster, forked, u
             assert not list(output.glob("stages/sweep-*/tune/experiment_state*"))
         for sweep in output.glob("stages/sweep-*"):
             damage(moment, sweep)
-    run = raysae.sweep(small_job(arithmetic_model, output, training=LONGER))
+    run = raysae.run_sweep(small_job(arithmetic_model, output, training=LONGER))
     same(run, undisturbed)
     assert run.path.name == undisturbed.path.name
     assert not list(run.path.parent.glob("stages/sweep-*/state/*/*"))
@@ -253,10 +253,10 @@ def test_an_sae_that_failed_for_good_is_tried_again_by_the_next_run(ray_cluster,
     (folder / "state").write_text("where its state would go")
     config = small_job(arithmetic_model, tmp_path, training=LONGER, cluster={"max_restarts": 0})
 
-    def swept() -> tuple[Stage, set[str], str]:
-        flow = Flow(config)
-        tokens = flow.prepare().tokens
-        made = flow.saes(flow.store(tokens, flow.model()), tokens)
+    def swept() -> tuple[Made, set[str], str]:
+        with bench_of(config) as bench:
+            again = SweepStudy(config, bench)
+            made = again.workspace.make(again.saes)
         table = pd.read_parquet(made.path / "table.parquet").set_index("sae_id")["status"]
         return made, set(table[table == "completed"].index), table[failing]
 
@@ -303,7 +303,7 @@ def test_a_block_that_always_kills_its_host_fails_with_its_name(ray_cluster, ari
 
     monkeypatch.setattr(capture, "Capture", Deadly)
     with pytest.raises(CaptureError, match=r"train-00001-\w+ killed its host 2 times"):
-        raysae.sweep(small_job(arithmetic_model, tmp_path, cluster={"max_restarts": 1}))
+        raysae.run_sweep(small_job(arithmetic_model, tmp_path, cluster={"max_restarts": 1}))
     assert not list(tmp_path.glob("stages/store-*/manifest.json"))
     monkeypatch.setattr(capture, "Capture", real)
-    assert rows_of(raysae.sweep(small_job(arithmetic_model, tmp_path)).path.parent)
+    assert rows_of(raysae.run_sweep(small_job(arithmetic_model, tmp_path)).path.parent)

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from small import make as stage
 
 from raysae import files
-from raysae.artifacts import lock_of, stage
+from raysae.artifacts import lock_of
 from raysae.errors import Damaged, UserError
 from raysae.files import (
     compare,

@@ -14,19 +14,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import GATE, sae_hashes, small_job, small_values, stage_of, write_config
+from small import GATE, sae_hashes, small_job, small_values, stage_of, study, write_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 
 import raysae
 from raysae.activations.store import Store
-from raysae.artifacts import Stage
-from raysae.config import NULLS
+from raysae.config.load import validate
+from raysae.config.sections import NULLS, ProbesConfig
 from raysae.errors import UserError
-from raysae.evidence import Controls
-from raysae.flow import Flow, Made, controls_of
 from raysae.models.embedded import build_tokenizer
 from raysae.sae import formats
+from raysae.stages.evidence import metrics_of_nulls
 from raysae.sweep.collect import FACTS
+from raysae.workspace import Made
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,7 +38,7 @@ def output(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(ray_cluster, arithmetic_model, output) -> raysae.Run:
-    return raysae.sweep(small_job(arithmetic_model, output))
+    return raysae.run_sweep(small_job(arithmetic_model, output))
 
 
 def job(*arguments: str, script: str = "sweep_sae.py", cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
@@ -133,7 +133,7 @@ def test_the_best_sae_has_its_features_and_any_other_on_request(run, arithmetic_
     cards = (run.path / "saes" / run.best / "features" / "cards.jsonl").read_text().splitlines()
     assert len(cards) == row["d_sae"] and json.loads(cards[int(features["max"].idxmax())])["top_contexts"]
     for asked, count in (("all", 4), ("none", 0)):
-        other = raysae.sweep(small_job(arithmetic_model, output, evaluation={
+        other = raysae.run_sweep(small_job(arithmetic_model, output, evaluation={
             "max_tokens": 1000, "bootstrap": 100, "features": asked
         }))  # fmt: skip
         assert len(list(other.path.glob("saes/*/features/cards.jsonl"))) == count
@@ -163,13 +163,13 @@ def strict_gate(tmp_path: Path) -> Path:
 
 def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, output, tmp_path):
     gate = strict_gate(tmp_path)
-    strict = raysae.sweep(small_job(arithmetic_model, output, gate=str(gate)))
+    strict = raysae.run_sweep(small_job(arithmetic_model, output, gate=str(gate)))
     assert strict.path != run.path and sae_hashes(strict.path) == sae_hashes(run.path)
     assert strict.decision["verdict"] == "no-go" and strict.decision["closest"] in run.saes
     assert job(str(strict.path), script="gate.py").returncode == 3
     gate.write_text(gate.read_text().replace("1.0e-9", "1.0"))  # another gate under the same name is another run
     with pytest.raises(UserError, match="another config or gate"):
-        raysae.sweep(small_job(arithmetic_model, output, gate=str(gate), run=strict.path.name))
+        raysae.run_sweep(small_job(arithmetic_model, output, gate=str(gate), run=strict.path.name))
     gate.write_text(gate.read_text().replace("1.0,", "1.0e-9,"))
     config = write_config(tmp_path / "c.yaml", small_values(arithmetic_model, output, gate=str(gate)))
     assert job("--config", str(config)).returncode == 0
@@ -177,14 +177,14 @@ def test_another_gate_reuses_the_saes_and_can_say_no(run, arithmetic_model, outp
 
 
 def test_a_run_builds_on_a_no_go_only_with_a_waiver(run, arithmetic_model, output, tmp_path):
-    no_go = raysae.sweep(small_job(arithmetic_model, output, gate=str(strict_gate(tmp_path)), run="phase1"))
+    no_go = raysae.run_sweep(small_job(arithmetic_model, output, gate=str(strict_gate(tmp_path)), run="phase1"))
     with pytest.raises(UserError, match=r"basis: .*phase1 is a no-go: No SAE passes"):
-        raysae.sweep(small_job(arithmetic_model, output, basis=str(no_go.path)))
+        raysae.run_sweep(small_job(arithmetic_model, output, basis=str(no_go.path)))
     waiver = tmp_path / "waiver.yaml"
     waiver.write_text(
         "{waived_by: A. Person, why: the bound is a test's, run: phase1, criteria: [latents are alive]}\n"
     )
-    after = raysae.sweep(small_job(arithmetic_model, output, basis=str(no_go.path), waiver=str(waiver)))
+    after = raysae.run_sweep(small_job(arithmetic_model, output, basis=str(no_go.path), waiver=str(waiver)))
     line = "waived: latents are alive; the decision of phase1, by A. Person, because the bound is a test's"
     assert after.path not in (run.path, no_go.path) and after.decision["basis"]["verdict"] == "no-go"
     assert (
@@ -193,12 +193,15 @@ def test_a_run_builds_on_a_no_go_only_with_a_waiver(run, arithmetic_model, outpu
     assert sae_hashes(after.path) == sae_hashes(run.path)
 
 
-def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopped(arithmetic_model, tmp_path):
+def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopped(arithmetic_model, tmp_path, monkeypatch):
     """Plain files where the stages would be: nothing is left to measure, and no cluster is started."""
 
-    def made(name: str, **manifest: Any) -> Stage:
+    stages: dict[str, Made] = {}
+
+    def made(name: str, **manifest: Any) -> Made:
         (tmp_path / name).mkdir()
-        return Stage(tmp_path / name, {"cost": {}, "stage": name, **manifest}, reused=False)
+        stages[name] = Made(tmp_path / name, {"cost": {}, "stage": name, **manifest}, reused=False)
+        return stages[name]
 
     site = "blocks.1.resid_post"
     facts = {"site": site, "architecture": "relu", "d_in": 32, "d_sae": 64, "expansion_factor": 2.0, "seed": 0}
@@ -212,17 +215,18 @@ def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopp
     )
     curve = {"tokens": 20_000, "fvu": 1.0, "l0": 0.0, "loss": 1.0, "dead_fraction": 1.0, "learning_rate": 1e-3}
     pd.DataFrame([{"sae_id": row["sae_id"], **curve} for row in rows]).to_parquet(saes.path / "curves.parquet")
-    none = made("evaluation", metrics={})
+    made("evaluation", metrics={}), made("nulls", nulls={}), made("records"), made("tokens", blocks=[])
     facts_of_store = {"model": {"name": "m"}, "rows": {"train": 9}, "dtype": "float32", "left_out": {}, "not_compared": 0.0}
-    store = made("store", sites={site: {}}, **facts_of_store)
-    tokens = made("tokens", blocks=[])
+    made("store", sites={site: {}}, **facts_of_store)
     job = small_job(
         arithmetic_model, tmp_path / "results", sweep={"seeds": [0, 1]}, run="r", probes={"labels": ["step"]}
     )
-    made_all = Made(
-        saes, none, [Controls(made("nulls", nulls={}), store, none)], made("records"), store, tokens, "m", {}
-    )
-    run = Flow(job)._finish(made_all)
+    mine = study(job)
+    monkeypatch.setattr(mine.workspace, "make", lambda stage: stages[stage.kind])
+    mine.workspace.made.update(stages)
+    table, controls, further = mine.gather()
+    decision = mine.judge(table, controls)
+    run = mine.write(table, decision, [*further, *mine.about_lead(table, decision)])
     assert run.decision["verdict"] == "no-go" and run.decision["chosen"] is None and run.best is None
     said = "None finished its training: 1 pruned: L0 0 at 20,000 tokens; 1 diverged: its loss is no longer finite."
     assert said in run.decision["reason"] and said in run.report.read_text()
@@ -238,13 +242,13 @@ def test_optuna_samples_each_width_equally_often(run, arithmetic_model, output):
         "expansion_factors": [2, 4],
         "k_range": [2, 16],
     }
-    found = raysae.sweep(small_job(arithmetic_model, output, sweep=sweep, training={"tokens": 10_000, "rungs": 2}))
+    found = raysae.run_sweep(small_job(arithmetic_model, output, sweep=sweep, training={"tokens": 10_000, "rungs": 2}))
     assert sorted(found.table["expansion_factor"]) == [2, 2, 4, 4]
     assert found.table["k"].between(2, 16).all()
 
 
 def test_packs_give_the_same_saes_as_singles(run, arithmetic_model, output, tmp_path):
-    pack = raysae.sweep(small_job(arithmetic_model, tmp_path / "packed", sweep={"pack_size": 4}))
+    pack = raysae.run_sweep(small_job(arithmetic_model, tmp_path / "packed", sweep={"pack_size": 4}))
     assert sae_hashes(pack.path) == sae_hashes(run.path)
 
 
@@ -253,7 +257,7 @@ def test_trackers_get_each_sae_and_no_secret_reaches_the_run(ray_cluster, arithm
     monkeypatch.setenv("WANDB_MODE", "offline")
     sweep = {"architectures": ["topk"], "expansion_factors": [2, 4], "pack_size": 2}
     changes = {"sweep": sweep, "training": {"tokens": 5_000, "rungs": 2}, "tracking": {"wandb_project": "test"}}
-    run = raysae.sweep(small_job(arithmetic_model, tmp_path, **changes))
+    run = raysae.run_sweep(small_job(arithmetic_model, tmp_path, **changes))
     assert len(list(tmp_path.glob("stages/sweep-*/wandb/offline-run-*"))) == len(run.saes) == 2
     assert len(list((run.path / "tune").glob("*/*/events.out.tfevents.*"))) == 2
     for file in tmp_path.rglob("*"):
@@ -263,7 +267,7 @@ def test_trackers_get_each_sae_and_no_secret_reaches_the_run(ray_cluster, arithm
 def test_several_sites_come_from_one_capture(ray_cluster, arithmetic_model, tmp_path):
     sites = ["blocks.0.mlp_hidden", "blocks.1.resid_post"]
     sweep = {"architectures": ["batchtopk"], "expansion_factors": [2]}
-    two = raysae.sweep(
+    two = raysae.run_sweep(
         small_job(arithmetic_model, tmp_path, capture={"sites": sites}, sweep=sweep, training={"tokens": 5_000})
     )
     assert sorted(two.table["site"]) == sites
@@ -289,7 +293,7 @@ def nulls_job(arithmetic_model, tmp_path_factory) -> raysae.SweepJob:
 
 @pytest.fixture(scope="module")
 def controlled(ray_cluster, nulls_job) -> raysae.Run:
-    return raysae.sweep(nulls_job)
+    return raysae.run_sweep(nulls_job)
 
 
 def test_every_null_is_measured_and_judged_beside_its_sae(controlled):
@@ -318,11 +322,11 @@ def test_every_null_is_measured_and_judged_beside_its_sae(controlled):
 def test_the_dead_window_of_a_null_is_the_split_and_one_that_diverged_is_no_control():
     made = SimpleNamespace(manifest={"nulls": {"a": {"kind": "permuted", "made": True}, "b": {"made": False}}})
     seen = SimpleNamespace(manifest={"metrics": {"a": {"fvu": 0.5, "never_fired_fraction": 0.25}}})
-    found = controls_of([Controls(made, None, seen)])
+    found = metrics_of_nulls(made, seen)
     measured = {"fvu": 0.5, "never_fired_fraction": 0.25}
     assert found == {"a": {**measured, "sae_id": "a", "dead_fraction": 0.25, "kind": "permuted", "made": True}}
     made.manifest["nulls"]["a"]["kind"] = "pca"
-    assert controls_of([Controls(made, None, seen)])["a"]["dead_fraction"] == 0, "what never fires can be left out of PCA"
+    assert metrics_of_nulls(made, seen)["a"]["dead_fraction"] == 0, "what never fires can be left out of PCA"
 
 
 def test_the_untrained_model_s_sae_reads_that_model_and_becomes_the_probes_baseline(controlled):
@@ -349,7 +353,7 @@ def test_other_nulls_train_no_sae_again_and_a_second_run_makes_none(controlled, 
     assert again.returncode == 0 and "Ray:" not in again.stdout, again.stderr
     asked = nulls_job.evaluation.model_copy(update={"nulls": ("random_encoder", "pca")})
     fewer = nulls_job.model_copy(update={"evaluation": asked})
-    run = raysae.sweep(fewer.model_copy(update={"probes": raysae.config.ProbesConfig()}))
+    run = raysae.run_sweep(fewer.model_copy(update={"probes": ProbesConfig()}))
     assert run.path != controlled.path and sae_hashes(run.path) == sae_hashes(controlled.path)
     assert {c["metrics"]["kind"] for c in run.decision["controls"].values()} == {"random_encoder", "pca"}
     assert not (run.path / "probes").exists() and 'id="probes"' not in run.report.read_text()
@@ -415,7 +419,7 @@ def test_a_mistake_gets_one_line(ray_cluster, arithmetic_model, tmp_path, name):
     changes, named = mistakes(tmp_path)[name]
     output = tmp_path / "results"
     with pytest.raises(UserError) as caught:
-        raysae.sweep(raysae.config.validate(raysae.SweepJob, small_values(arithmetic_model, output, **changes)))
+        raysae.run_sweep(validate(raysae.SweepJob, small_values(arithmetic_model, output, **changes)))
     assert named in str(caught.value) and "\n" not in str(caught.value)
     assert not list(output.glob("*/config.yaml"))
     if name != "gpus":  # which is known once the cluster is there
@@ -441,7 +445,7 @@ def test_relative_output_in_a_jobs_folder_is_refused(tmp_path):
 def test_a_run_of_another_config_is_refused(run, arithmetic_model, output):
     name = run.path.name
     with pytest.raises(UserError, match="belongs to another config"):
-        raysae.sweep(small_job(arithmetic_model, output, run=name, training={"tokens": 80_000}))
+        raysae.run_sweep(small_job(arithmetic_model, output, run=name, training={"tokens": 80_000}))
 
 
 def test_non_finite_activations_are_refused(ray_cluster, arithmetic_model, tmp_path):
@@ -456,7 +460,7 @@ def test_non_finite_activations_are_refused(ray_cluster, arithmetic_model, tmp_p
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     output = tmp_path / "results"
     with pytest.raises(UserError, match="max_non_finite_fraction"):
-        raysae.sweep(small_job(broken, output))
+        raysae.run_sweep(small_job(broken, output))
     assert not list(output.glob("stages/store-*/manifest.json"))
 
 
@@ -470,7 +474,7 @@ def test_a_damaged_store_is_refused(ray_cluster, run, arithmetic_model, output, 
     content[-1] ^= 1
     content.tofile(shard)
     with pytest.raises(UserError, match="does not match its sha256"):
-        raysae.sweep(small_job(arithmetic_model, copy, training={"tokens": 20_000}))
+        raysae.run_sweep(small_job(arithmetic_model, copy, training={"tokens": 20_000}))
 
 
 def test_seeds_transfer_and_risk_are_measured(ray_cluster, arithmetic_model, tmp_path):
@@ -491,7 +495,7 @@ def test_seeds_transfer_and_risk_are_measured(ray_cluster, arithmetic_model, tmp
         "must_beat: untrained, why: more than chance}\n"
         "assumptions:\n  - {assumption: rows are a sample, if_wrong: all is, checked_by: nobody}\n"
     )
-    run = raysae.sweep(small_job(
+    run = raysae.run_sweep(small_job(
         arithmetic_model, tmp_path / "results", gate=str(gate), transfer={"away": {"source": "gsm8k", "path": str(away)}},
         sweep={"architectures": ["topk"], "expansion_factors": [2], "seeds": [0, 1, 2]}, evaluation={"invariance": 9},
         capture={"rows_per_shard": 40_000}, training={"tokens": 20_000, "rungs": 2},
@@ -530,8 +534,8 @@ def test_seeds_transfer_and_risk_are_measured(ray_cluster, arithmetic_model, tmp
 def test_a_mistake_in_a_dataset_to_transfer_to_shows_before_capture(ray_cluster, arithmetic_model, tmp_path):
     wrong = small_job(arithmetic_model, tmp_path, transfer={"away": {"source": "gsm8k", "path": "nowhere.jsonl"}})
     with pytest.raises(UserError, match=r"^transfer\.away\.path: no file nowhere\.jsonl"):
-        raysae.sweep(wrong)
+        raysae.run_sweep(wrong)
     same = small_job(arithmetic_model, tmp_path, transfer={"away": {"source": "arithmetic", "examples": 50}})
     with pytest.raises(UserError, match=r"^transfer\.away\.source: every example is in the run's own data"):
-        raysae.sweep(same)
+        raysae.run_sweep(same)
     assert not list(tmp_path.glob("stages/store-*"))

@@ -8,17 +8,17 @@ import shutil
 import tarfile
 
 import pytest
-from small import reseal, sae_hashes, small_job, small_values
+from small import reseal, sae_hashes, small_job, small_values, study
 
 import raysae
 from raysae.bundle import bundle
-from raysae.config import dump_yaml
+from raysae.config.load import dump_yaml, validate
 from raysae.errors import UserError
 from raysae.files import plain, read_json, read_sealed, write_json, write_sealed
-from raysae.flow import Flow
-from raysae.planning import plan, to_time
-from raysae.replicate import compare, differences, in_words, replicate
-from raysae.schedule import Kind
+from raysae.plan.schedule import Kind
+from raysae.studies.plan import plan, to_time
+from raysae.studies.replicate import compare, differences, in_words, replicate
+from raysae.studies.sweep import SweepStudy
 from raysae.sweep.space import Proposal
 
 SEARCHED = {"search": "optuna", "samples": 2, "prune": {"enabled": True, "grace_fraction": 0.2, "margin": 0.0}}
@@ -27,7 +27,7 @@ SEARCHED = {"search": "optuna", "samples": 2, "prune": {"enabled": True, "grace_
 @pytest.fixture(scope="module")
 def run(ray_cluster, arithmetic_model, tmp_path_factory) -> raysae.Run:
     """A search with pruning: what it proposed and what it stopped hung on which trial reported first."""
-    return raysae.sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("results"), sweep=SEARCHED))
+    return raysae.run_sweep(small_job(arithmetic_model, tmp_path_factory.mktemp("results"), sweep=SEARCHED))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def nothing_runs(monkeypatch):
     def run(self):
         raise AssertionError("the replication has started")
 
-    monkeypatch.setattr(Flow, "run", run)
+    monkeypatch.setattr(SweepStudy, "run", run)
 
 
 def alter(run: raysae.Run, sae: int, **values) -> raysae.Run:
@@ -141,12 +141,12 @@ def test_changed_data_is_refused_before_anything_runs(nothing_runs, copy, arithm
     values = small_values(
         arithmetic_model, copy.path.parent, sweep=SEARCHED, data={"source": "text", "path": str(source)}
     )
-    config = raysae.config.validate(raysae.SweepJob, values)
+    config = validate(raysae.SweepJob, values)
     (copy.path / "config.yaml").write_text(dump_yaml(config))
-    then = Flow(config.model_copy(update={"run": "another"}))
+    then = study(config.model_copy(update={"run": "another"}))
     write_json(copy.path / "identity.json", then.identity())
     manifest = copy.stage("records") / "manifest.json"
-    write_sealed(manifest, {**read_sealed(manifest), "inputs": {"source_hash": then.source_hash}})
+    write_sealed(manifest, {**read_sealed(manifest), "inputs": {"source_hash": then.made_from["data.path"]}})
     reseal(copy.path)
     source.write_text("one text\n\nanother text, changed\n")
     with pytest.raises(UserError, match=r"data\.path: .*texts\.txt has changed since") as caught:
@@ -234,7 +234,7 @@ def test_a_wrong_place_for_a_bundle_is_refused(run, tmp_path, name, why):
 def test_another_budget_reaches_the_ledger_of_a_finished_run(copy, arithmetic_model):
     assert copy.ledger["budget"]["tokens"]["limit"] is None
     changed = {"sweep": SEARCHED, "budget": {"tokens": 10**7}}
-    again = raysae.sweep(small_job(arithmetic_model, copy.path.parent, **changed))
+    again = raysae.run_sweep(small_job(arithmetic_model, copy.path.parent, **changed))
     budget = read_json(again.path / "ledger.json")["budget"]
     assert again.path == copy.path and budget["tokens"]["limit"] == 10**7
     assert budget["tokens"]["before"] == budget["tokens"]["spent"] == copy.ledger["total"]["tokens"]

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from raysae.budget import spending
-from raysae.config import SweepJob, validate
+from raysae.config.jobs import SweepJob
+from raysae.config.load import validate
 from raysae.placement import Placement
-from raysae.planning import Plan, left_out
-from raysae.schedule import (
+from raysae.plan.budget import spending
+from raysae.plan.schedule import (
     TUNE_BYTES,
     Entry,
     Kind,
@@ -24,6 +24,7 @@ from raysae.schedule import (
     sae_bytes,
     sweep_entry,
 )
+from raysae.studies.plan import Plan, left_out
 
 NARROW, WIDE = Kind(8, "topk", 16), Kind(8, "topk", 64)
 ONE = SAERates(step=0.01, rung=0.5, start=1.0, rows=1e-5, size=1000)

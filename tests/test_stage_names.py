@@ -5,84 +5,58 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from small import study
 
-from raysae import stages
-from raysae.activations import store as stores
-from raysae.artifacts import Stage, stage_path
-from raysae.config import SweepJob, load_config
-from raysae.evidence import Controls
-from raysae.flow import Flow
+from raysae.config.jobs import SweepJob
+from raysae.config.load import load_config
 from raysae.models.embedded import embedded_facts
 from raysae.models.host import model_facts
+from raysae.stages import evidence
+from raysae.stages import model as models
+from raysae.studies import sweep
+from raysae.sweep.collect import FACTS
+from raysae.workspace import Made, Workspace
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SAE = "000-relu-x4"
-FACTS: dict[str, Any] = {
+SAE, SITE = "000-relu-x4", "blocks.2.resid_post"
+MANIFEST: dict[str, Any] = {
     "largest_id": 0, "blocks": [], "context_length": 96, "rows": {"train": 8, "validation": 1}, "left_out": {},
     "not_compared": None, "nulls": {}, "separator_id": 0,
 }  # fmt: skip
 
 
-class FakeStore:
-    """What naming a sweep asks of a store."""
-
-    sites = ("blocks.2.resid_post",)
-
-    def __init__(self, path: Path) -> None: ...
-
-    def d_model(self, site: str) -> int:
-        return 64
-
-    def offset(self, site: str) -> float:
-        return 1.0
-
-    def check_model(self, model: Any) -> None: ...
-
-
-def facts_of(name: str, *given: Any) -> Any:
-    """Of a model that is there, else of the embedded one."""
-    return model_facts(name, *given) if Path(name).is_dir() else embedded_facts()
-
-
 def names_of(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Folders of a job's stages in the order of the flow, without making any; weights are called as their folder."""
-    monkeypatch.setattr(stages, "fingerprint_of", lambda name, *given: {"name": name, "weights": Path(name).name})
-    monkeypatch.setattr(stages, "model_facts", lambda name, *given: facts_of(name, *given))
-    monkeypatch.setattr(stores, "Store", FakeStore)
-    named: list[str] = []
+    """Folders of a job's stages in the order of the study, without making any; weights are called as their folder."""
 
-    def name(self: Flow, kind: str, inputs: dict[str, Any], build: Any) -> Stage:
-        version = stages.STAGE_VERSIONS[kind.removeprefix("transfer_")]
-        path = stage_path(tmp_path, kind, {"version": version, **inputs})
-        named.append(path.name)
-        return Stage(path, {"stage": kind, **FACTS}, reused=True)
+    def facts_of(name: str, *given: Any) -> Any:
+        return model_facts(name, *given) if Path(name).is_dir() else embedded_facts()
 
-    monkeypatch.setattr(Flow, "_stage", name)
-    monkeypatch.setattr(Flow, "_check_labels", lambda *given: None)
+    def build(self: Workspace, stage: Any, inputs: Any, directory: str) -> Made:
+        return Made(self.root / "stages" / directory, {"stage": stage.kind, **MANIFEST}, reused=True)
+
+    monkeypatch.setattr(models, "fingerprint_of", lambda name, *given: {"name": name, "weights": Path(name).name})
+    monkeypatch.setattr(models, "model_facts", facts_of)
+    monkeypatch.setattr(Workspace, "_build", build)
+    monkeypatch.setattr(sweep, "read_records", lambda path: [])
+    monkeypatch.setattr(sweep, "check_labels", lambda *given: None)
     job = load_config(SweepJob, ["--config", str(config), "--output", str(tmp_path)])
-    flow = Flow(job)
-    records, tokens, away = flow.prepare()
-    model = flow.model()
-    store = flow.store(tokens, model)
-    saes = flow.saes(store, tokens)
-    nulls = flow._own_nulls(saes, store, tokens)
-    validation = flow.evaluation("validation", saes, store, tokens, model, nulls)
-    other: Controls | None = None
-    if "untrained_model" in job.evaluation.nulls:
-        other = flow._untrained_model(saes, tokens, model)
-    flow.domains(validation, tokens, records, FakeStore.sites)
+    mine = study(job)
+    make, how = mine.workspace.make, mine.measuring
+    mine.prepare()
+    for measured in mine.controls:
+        make(measured.evaluation)
+    make(evidence.domains(how, mine.captured, mine.validation, mine.records))
     if len(job.sweep.seeds) > 1:
-        flow.stability(saes, validation, store, tokens, model)
-    flow.evaluation("test", saes, store, tokens, model, nulls, [SAE])
-    if away:
-        flow.transfer(saes, validation, tokens, model, [SAE], FakeStore.sites[0], away)
-    if job.evaluation.invariance:
-        flow.invariance(saes, records, tokens, model, SAE, FakeStore.sites[0])
-    if job.probes.labels:
-        flow.probes(SAE, FakeStore.sites[0], saes, records, store, other)
-    flow.features(SAE, FakeStore.sites[0], saes, store, tokens, records, model)
-    return named
+        make(evidence.stability(how, mine.captured, mine.saes, mine.validation))
+    make(evidence.evaluation(how, "test", mine.captured, mine.saes, mine.controls[0].nulls, [SAE]))
+    row = {name: 0 for name in FACTS} | {"sae_id": SAE, "status": "completed", "site": SITE}
+    decision = {"chosen": SAE, "choices": {SITE: {"chosen": SAE}}}
+    for _, stage in mine.about_lead(pd.DataFrame([row]), decision):
+        make(stage)
+    return list(mine.workspace.made)
+
 
 QUICKSTART = (
     "records-5a3f0a37f41f",

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field, model_validator
 
-from raysae.config import NULLS, Section, locate, read_yaml, validate
+from raysae.config.load import locate, read_yaml, validate
+from raysae.config.sections import NULLS, Section
 from raysae.errors import UserError
 from raysae.evaluate.fidelity import RECOVERED
 from raysae.evaluate.nulls import ELSEWHERE, TRAINED

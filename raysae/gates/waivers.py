@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import StringConstraints, model_validator
 
-from raysae.config import Section, read_yaml, validate
+from raysae.config.load import read_yaml, validate
+from raysae.config.sections import Section
 from raysae.errors import UserError
 from raysae.files import read_json
 from raysae.gates.criteria import Gate, keeps_dense_out

@@ -15,19 +15,16 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
-from raysae.config import ClusterConfig
+from raysae.config.sections import ClusterConfig
 from raysae.errors import UserError
 from raysae.on_ray import given_address
-from raysae.placement import Placement, device_bytes, place_hosts, place_trials
 from raysae.progress import say
 
 
@@ -51,36 +48,6 @@ class Cluster:
         """Ray's GPUs, of those as many as the config allows."""
         total = int(ray.cluster_resources().get("GPU", 0))
         return total if self.config.num_gpus is None else min(self.config.num_gpus, total)
-
-    @cached_property
-    def device_bytes(self) -> float | None:
-        """Memory of a GPU, asked of one in a task, since a driver touches none; None without CUDA."""
-        return at_once(device_bytes, [()], Placement(1, 0.0, 1.0, 1))[0][1] if self.gpus else None
-
-    def capture(self, blocks: int) -> Placement:
-        """Hosts of the model: see `place_hosts`."""
-        return place_hosts(self.cpus, self.gpus, self.config.capture_actors, blocks)
-
-    def trials(self) -> Placement:
-        """Trials of the sweep: see `place_trials`."""
-        return place_trials(self.cpus, self.gpus, self.config.cpus_per_trial, self.config.gpus_per_trial)
-
-
-def at_once(
-    work: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], placement: Placement
-) -> list[tuple[float, Any]]:
-    """`work(*a)` for each `a` of `arguments`, all at once, each in a process with the share of a worker of `placement`.
-
-    Returns, in their order, (seconds from asking until it began, result). The cluster must be connected.
-    """
-
-    def task(asked: float, given: tuple[Any, ...]) -> tuple[float, Any]:
-        began = max(time.time() - asked, 0.0)
-        torch.set_num_threads(placement.threads)
-        return began, work(*given)
-
-    remote = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=0)(task)
-    return ray.get([remote.remote(time.time(), given) for given in arguments])
 
 
 def connect(config: ClusterConfig) -> Cluster:

@@ -6,7 +6,7 @@ No tensor travels through Ray: a block's tokens go in, a name and a row count co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,21 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
 from raysae.activations import capture
-from raysae.data.tokens import TokenBlock, read_block
+from raysae.bench import BlockWork
+from raysae.data.tokens import read_block
 from raysae.errors import CaptureError, UserError
 from raysae.models.host import ModelHost
 from raysae.placement import Placement, device
 from raysae.progress import Progress
 
 OURS = re.compile(r"raysae\.errors\.(UserError|CaptureError): (.*)")
-BlockWork = Callable[[ModelHost, TokenBlock], Mapping[str, Any]]
 
 
 class HostActor:
     """A model host in a process of its own, which does `work(host, block)` on one block after another."""
 
     def __init__(
-        self, model: dict[str, Any], work: BlockWork, root: str, limit: int, workers: int, threads: int
+        self, model: Mapping[str, Any], work: BlockWork, root: str, limit: int, workers: int, threads: int
     ) -> None:
         torch.set_num_threads(threads)
         self.work, self.root, self.limit = work, Path(root), limit
@@ -52,7 +52,7 @@ def map_blocks(
     blocks: Sequence[dict[str, Any]],
     tokens: Path,
     root: Path,
-    model: dict[str, Any],
+    model: Mapping[str, Any],
     work: BlockWork,
     placement: Placement,
     max_restarts: int,

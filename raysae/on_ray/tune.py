@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,9 +32,9 @@ from raysae.sae.losses import Losses
 from raysae.sae.train import Member
 from raysae.sweep.collect import note_pruned
 from raysae.sweep.prune import Pruning, Rungs
-from raysae.sweep.search import PackSearch, advance
+from raysae.sweep.search import PackSearch
 from raysae.sweep.space import COEFFICIENT
-from raysae.sweep.trial import ProposedPack, Rung, Trial, train_proposed, train_whole
+from raysae.sweep.trial import ProposedPack, Rung, Trial, advance, train_proposed
 
 OUT_OF_MEMORY = "out_of_memory"
 """In a trial's last report: its pack did not fit the device."""
@@ -171,33 +171,15 @@ def run_sweep(
         ),
     )
     SweepProgress.last.clear()  # of an earlier sweep in this process
-    total = search.saes_left * trial.recipe.steps * trial.recipe.batch_size
+    left = search.saes_left * trial.tokens
     # Tune would hand AWS's secrets to trials, by way of Ray's log.
-    with Progress("sweep", total, "SAE-tok") as SweepProgress.progress, environment_of_workers():
+    with Progress("sweep", left, "SAE-tok") as SweepProgress.progress, environment_of_workers():
         grid = tuner.fit()
     errors: dict[str, dict[str, Any]] = {}
     for result in grid:
         if result.error is not None and result.config:
             errors |= _pack_of(result.config).failure(str(result.error).strip().splitlines()[-1])
     return errors
-
-
-def train_packs(
-    what: str, trial: Trial, packs: Mapping[str, Sequence[Member]], placement: Placement, max_restarts: int
-) -> None:
-    """Train one pack per site side by side, placed as trials are, outside Tune: nothing is searched or pruned."""
-
-    def train(site: str, pack: Sequence[Member]) -> None:
-        torch.set_num_threads(placement.threads)
-        train_whole(trial, site, pack)
-
-    task = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=max_restarts)(train)
-    running = {task.remote(site, pack): len(pack) for site, pack in packs.items()}
-    with Progress(what, sum(running.values()), "SAE") as progress:
-        while running:
-            (done,), _ = ray.wait(list(running))
-            ray.get(done)
-            progress.advance(running.pop(done))
 
 
 def _wandb(project: str, root: Path) -> Callback:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from raysae.config import read_yaml
+from raysae.config.load import read_yaml
 from raysae.errors import Damaged, UserError
 from raysae.files import inside, read_json_if, read_table, write_atomic
 from raysae.gates.waivers import in_words

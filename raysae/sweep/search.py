@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 
 from raysae.artifacts import fingerprint
-from raysae.progress import Progress, say
+from raysae.progress import say
 from raysae.sae.train import Member
 from raysae.sweep import collect
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, members, range_at, width
@@ -186,11 +186,3 @@ class PackSearch:
                 self.studies[key].tell(trial, [sum(v) / len(good) for v in zip(*good, strict=True)])
             else:
                 self.studies[key].tell(trial, state=optuna.trial.TrialState.FAIL)
-
-
-def advance(progress: Progress, seen: dict[str, int], pack: str, metrics: dict[str, dict[str, Any]]) -> None:
-    """Move the sweep's progress by what a pack has trained on since it was `seen`, which holds tokens by pack."""
-    total = sum(m["tokens"] for m in metrics.values())
-    last = next(reversed(metrics.values()), {"fvu": float("nan"), "l0": float("nan"), "sae_id": ""})
-    progress.advance(max(total - seen.get(pack, 0), 0), f"{last['sae_id']}: FVU {last['fvu']:.3f}, L0 {last['l0']:.1f}")
-    seen[pack] = max(total, seen.get(pack, 0))

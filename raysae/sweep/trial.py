@@ -20,6 +20,7 @@ import torch
 from raysae.activations.source import Source
 from raysae.files import plain, read_json, whole_folder, write_atomic, write_json
 from raysae.placement import device
+from raysae.progress import Progress
 from raysae.sae import formats
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.losses import Batch
@@ -72,6 +73,11 @@ class Trial:
     """Whether batches hold whole examples in order, for a loss on neighbouring tokens."""
     shuffled: bool = False
     """Whether each dimension of a batch is shuffled over its rows: a null, trained on what has no structure."""
+
+    @property
+    def tokens(self) -> int:
+        """Token rows that each SAE is trained on."""
+        return self.recipe.steps * self.recipe.batch_size
 
 
 def train_pack(
@@ -174,6 +180,14 @@ def train_proposed(
         return False
     shutil.rmtree(state, ignore_errors=True)
     return True
+
+
+def advance(progress: Progress, seen: dict[str, int], pack: str, metrics: dict[str, dict[str, Any]]) -> None:
+    """Move the sweep's progress by what a pack has trained on since it was `seen`, which holds tokens by pack."""
+    total = sum(m["tokens"] for m in metrics.values())
+    last = next(reversed(metrics.values()), {"fvu": float("nan"), "l0": float("nan"), "sae_id": ""})
+    progress.advance(max(total - seen.get(pack, 0), 0), f"{last['sae_id']}: FVU {last['fvu']:.3f}, L0 {last['l0']:.1f}")
+    seen[pack] = max(total, seen.get(pack, 0))
 
 
 def train_whole(trial: Trial, site: str, pack: Sequence[Member]) -> None:

@@ -5,15 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from small import study
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from raysae.artifacts import Stage
-from raysae.config import SweepJob
-from raysae.data.tokens import read_block
+from raysae.config.jobs import SweepJob
 from raysae.errors import UserError
 from raysae.models.embedded import build_tokenizer
-from raysae.models.host import ModelHost
-from raysae.stages import Stages
+from raysae.studies.sweep import SweepStudy
+from raysae.workspace import Made
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +25,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stages(
+def study_of(
     tmp_path: Path, rows: list, model: Path | str = "embedded", capture: dict | None = None, **data: object
-) -> Stages:
+) -> SweepStudy:
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data |= {"source": "dataset", "path": str(tmp_path / "set.jsonl"), "validation_fraction": 0.3, "test_fraction": 0.3}
-    return Stages(SweepJob(output=tmp_path / "out", model={"name": str(model)}, data=data, capture=capture or {}))
+    return study(SweepJob(output=tmp_path / "out", model={"name": str(model)}, data=data, capture=capture or {}))
 
 
 def test_what_did_not_become_a_row_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,12 +38,11 @@ def test_what_did_not_become_a_row_is_said_and_kept(tmp_path: Path, capsys: pyte
     rows = [{"question": f"{a} has 5 apples and {b} has 6 red stamps."} for a in names for b in names if a != b]
     rows += [{"question": None}, {"question": " "}, {"question": "<|endoftext|>"}, {"question": "Ada"}]
     rows += [{"question": " ".join([*names, "has", "apples"] * 3)}]
-    made = stages(tmp_path, rows, on_bad_row="skip", context_length=16)
-    records = made.records()
-    facts = records.manifest
+    made = study_of(tmp_path, rows, on_bad_row="skip", context_length=16)
+    facts = made.workspace.make(made.records).manifest
     assert (facts["bad_rows"], facts["blank_rows"]) == (1, 1)
     assert facts["not_compared"] == pytest.approx(1 / 59), "one word is no shingle"
-    tokens = made.tokens(records, "embedded").manifest
+    tokens = made.workspace.make(made.tokens).manifest
     assert (tokens["dropped_empty"], tokens["dropped_too_long"], tokens["cut_starts"]) == (1, 1, 0)
     said = capsys.readouterr().out
     for line in (
@@ -54,32 +52,25 @@ def test_what_did_not_become_a_row_is_said_and_kept(tmp_path: Path, capsys: pyte
         "left out: 1 examples longer than 16; left out: 1 examples without a row",
     ):
         assert line in said, said
-    made = stages(tmp_path, rows, on_bad_row="skip", context_length=16, packing="concat")
-    cut = made.tokens(made.records(), "embedded").manifest["cut_starts"]
+    made = study_of(tmp_path, rows, on_bad_row="skip", context_length=16, packing="concat")
+    cut = made.workspace.make(made.tokens).manifest["cut_starts"]
     assert cut > 0 and f"left out: {cut} tokens at which a text was cut, no rows" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"row 56: data\.columns\.question holds None"):
-        stages(tmp_path, rows).records()
+        made = study_of(tmp_path, rows)
+        made.workspace.make(made.records)
     assert len([*(tmp_path / "out/stages").glob("records-*")]) == 1, "nothing half-written"
 
 
 def test_a_store_says_what_became_no_row_and_hangs_on_the_norm_ratio_and_the_model_s_config(
-    tmp_path: Path, arithmetic_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, arithmetic_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def here(self: Stages, works: dict, blocks: list, done: object, tokens: Path, model: str) -> dict[str, float]:
-        host = ModelHost.load(model)
-        for work in works.values():
-            for block in blocks:
-                work(host, read_block(tokens / block["file"]))
-        return {}
-
-    monkeypatch.setattr(Stages, "_over_blocks", here)
     model = shutil.copytree(arithmetic_model, tmp_path / "model")
     names = ["Ada", "Ben", "Cleo", "Dan", "Emma", "Finn"]
     rows = [{"question": f"{a} has 5 apples and {b} has 6 red stamps."} for a in names for b in names if a != b]
 
-    def store(**capture: object) -> Stage:
-        made = stages(tmp_path, [*rows, {"question": None}], model, capture, on_bad_row="skip")
-        return made.store(made.tokens(made.records(), str(model)), str(model))
+    def store(**capture: object) -> Made:
+        made = study_of(tmp_path, [*rows, {"question": None}], model, capture, on_bad_row="skip")
+        return made.workspace.make(made.captured.store)
 
     plain = store(sites=["blocks.1.resid_post"])
     assert plain.manifest["left_out"] == {"bad rows": 1} and plain.manifest["not_compared"] == 0
@@ -103,6 +94,9 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_one_line_before_anything_is_
 ) -> None:
     rows = [{"question": f"{a} has {i} apples."} for i, a in enumerate(["Ada", "Ben", "Cleo", "Dan", "Emma"] * 3)]
     for _ in range(2):  # from a fresh stage, and from a finished one
-        made = stages(tmp_path, rows, model, near_duplicate_similarity=None)
+        made = study_of(tmp_path, rows, model, near_duplicate_similarity=None)
         with pytest.raises(UserError, match=r"^model\.tokenizer: .* makes token \d+, .* has 64 rows; name the model's own"):
-            made.tokens(made.records(), str(model))
+            made.prepare()
+        with pytest.raises(UserError, match=r"^model\.tokenizer: "):
+            made.workspace.make(made.captured.store)
+        assert not [*(tmp_path / "out/stages").glob("store-*")]

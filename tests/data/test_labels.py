@@ -5,7 +5,7 @@ import random
 import pandas as pd
 import pytest
 
-from raysae.config import ProbeJob
+from raysae.config.jobs import ProbeJob
 from raysae.data.arithmetic import generate
 from raysae.data.labels import LABELS, label_rows, part_labels, step_type
 from raysae.data.records import make_problem

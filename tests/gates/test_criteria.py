@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from raysae.config import NULLS
+from raysae.config.sections import NULLS
 from raysae.errors import UserError
 from raysae.gates.criteria import SHARES, SPARSITY, Gate, check_can_choose, judge, load_gate, measured, passes
 from raysae.gates.metrics import METRICS, Metric, register, split_of

@@ -6,7 +6,8 @@ import math
 import pandas as pd
 import pytest
 
-from raysae.config import NULLS, validate
+from raysae.config.load import validate
+from raysae.config.sections import NULLS
 from raysae.errors import UserError
 from raysae.gates.criteria import Gate
 from raysae.gates.decision import decide, settle

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small import reseal
+from small import reseal, study
 
-from raysae.config import SweepJob, validate
+from raysae.config.jobs import SweepJob
+from raysae.config.load import validate
 from raysae.errors import UserError
-from raysae.flow import Flow
 from raysae.gates.criteria import Gate
 from raysae.gates.waivers import in_words, load_waiver, read_basis
 
@@ -166,7 +166,7 @@ def test_what_is_waived_makes_another_run(tmp_path):
     folder = earlier_run(tmp_path)
 
     def directory(**fields):
-        return Flow(validate(SweepJob, {"output": str(tmp_path / "results"), **fields})).directory
+        return study(validate(SweepJob, {"output": str(tmp_path / "results"), **fields})).directory
 
     file = waiver_file(tmp_path, run="phase1")
     given = {"basis": str(folder), "waiver": str(file)}

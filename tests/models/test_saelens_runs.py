@@ -3,26 +3,27 @@
 import json
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import sparse_rows
+from small import GATE, study
 from test_foreign import foreign
 from test_host import CONFIGS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from raysae.config import SweepJob
+from raysae.config.jobs import SweepJob
 from raysae.models.host import ModelHost, splice, zero
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
 from raysae.sae.metrics import RowSums
 from raysae.sae.sae import SAE
-from raysae.stages import Stages
+from raysae.stages.saes import trial_of
+from raysae.workspace import Made
 
 SITES = ("blocks.1.resid_post", "blocks.2.mlp_out", "blocks.0.mlp_hidden", "final_norm")
 IDS = torch.randint(3, 60, (8, 12), generator=torch.Generator().manual_seed(5))  # none of them special
@@ -46,11 +47,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def metadata(folder: Path, site: str, **model: Any) -> dict[str, Any]:
     """What a run on this folder would write of it."""
     data = {"source": "text", "path": str(folder / "config.json")}
-    stages = Stages(SweepJob(model={"name": str(folder)}, data=data, output=folder / "results"))
+    mine = study(SweepJob(model={"name": str(folder)}, data=data, output=folder / "results", gate=GATE))
     facts = {"name": str(folder), "revision": None, "class": "GPT2LMHeadModel", "weights": "00ff", **model}
-    store: Any = SimpleNamespace(manifest={"model": facts, "sites": {site: {}}}, path=Path("store-0123"))
-    tokens: Any = SimpleNamespace(manifest={"context_length": 12, "separator_id": 1})
-    return stages._saelens_metadata(store, tokens) | stages._saelens_hooks(store)[site]
+    mine.model._fingerprints[str(folder)] = facts
+    inputs = {
+        "store": Made(Path("store-0123"), {"sites": {site: {}}}, reused=True),
+        "tokens": Made(Path("tokens-0123"), {"context_length": 12, "separator_id": 1}, reused=True),
+    }
+    trial = trial_of(mine.sweep, inputs, mine.model, mine.job.data, folder)
+    return trial.metadata | trial.hooks[site]
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -102,14 +107,14 @@ def test_nothing_of_this_machine_is_published(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_published_model_is_named_with_its_revision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import raysae.stages
     from raysae.models.foreign import Hook
+    from raysae.stages import saes
 
     commit, site = "0123abcd", SITES[0]
     for hook, kwargs in (
         (Hook("AutoModelForCausalLM", "transformer.h.1"), {"dtype": "float32", "revision": commit}),
         (Hook("HookedTransformer", "blocks.1.hook_resid_post"), {"dtype": "float32", "center_writing_weights": False}),
     ):
-        monkeypatch.setattr(raysae.stages, "saelens_hooks", lambda *_, hook=hook: {site: hook})
+        monkeypatch.setattr(saes, "saelens_hooks", lambda *_, hook=hook: {site: hook})
         found = metadata(folder, site, name="somebody/model", revision=commit, weights=None)
         assert (found["model_name"], found["model_from_pretrained_kwargs"]) == ("somebody/model", kwargs)

@@ -73,16 +73,17 @@ LOCAL = """
 import json, os, stat, subprocess, sys
 from pathlib import Path
 import psutil
-from raysae.config import ClusterConfig
-from raysae.on_ray.cluster import at_once, connect, disconnect
+from raysae.config.sections import ClusterConfig
+from raysae.on_ray.bench import RayBench
 from raysae.placement import Placement
 
 def environment():
     return dict(os.environ)
 
-c = connect(ClusterConfig(num_cpus=1, dashboard=False, pass_env=("PASSED",)))
-(_, worker), = at_once(environment, [()], Placement(1, 1.0, 0.0, 1))
+bench = RayBench(ClusterConfig(num_cpus=1, dashboard=False, pass_env=("PASSED",)))
+(_, worker), = bench.at_once(environment, [()], Placement(1, 1.0, 0.0, 1))
 heads = [p for p in psutil.Process().children(recursive=True) if p.name() in ("gcs_server", "raylet")]
+c = bench.cluster
 logs = [f for f in c.folder.rglob("*") if f.is_file()]
 found = {
     "worker": worker, "heads": [p.environ()["RAY_AUTH_MODE"] for p in heads],
@@ -92,7 +93,7 @@ found = {
     "driver": os.environ["AWS_SECRET_ACCESS_KEY"],
     "in_its_group": [p.name() for p in psutil.Process().children(recursive=True) if os.getpgid(p.pid) == os.getpgrp()],
 }
-disconnect(c)
+bench.close()
 found["left"] = c.folder.exists()
 print(json.dumps(found))
 """

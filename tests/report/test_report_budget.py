@@ -3,8 +3,8 @@
 import pytest
 from report.test_report import Page, synthetic_decision, synthetic_run, synthetic_table
 
-from raysae.budget import spending
 from raysae.files import read_json, write_json
+from raysae.plan.budget import spending
 from raysae.report import write_report
 from raysae.report.budget import budget_rows
 

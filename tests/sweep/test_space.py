@@ -109,7 +109,7 @@ def test_l1_coefficients_are_given_in_the_stated_units_and_kept_as_unit_norm():
 
 
 def test_the_log_speaks_of_a_mean_that_outweighs_what_varies():
-    from raysae.stages import far_from_zero
+    from raysae.stages.saes import far_from_zero
 
     assert far_from_zero({"near": 1.0, "there": 10**0.5 - 1e-9}) == []
     (line,) = far_from_zero({"near": 1.0, "far": 101**0.5})

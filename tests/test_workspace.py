@@ -1,15 +1,19 @@
-"""Stages: found finished, resumed, never half there; one driver at a time."""
+"""Stages: made once, resumed, never half there; one driver at a time."""
 
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small import make as stage
 
-from raysae import artifacts, files
-from raysae.artifacts import fingerprint, link_or_copy, size_of, stage
+from raysae import files, workspace
+from raysae.artifacts import fingerprint, link_or_copy, size_of
+from raysae.errors import Damaged
 from raysae.files import canonical, read_json, read_sealed, sha256_of, write_atomic, write_json
+from raysae.workspace import NotMade, Stage, Workspace
 
 
 def test_a_finished_stage_is_not_built_again(tmp_path):
@@ -25,7 +29,8 @@ def test_a_finished_stage_is_not_built_again(tmp_path):
     assert len(built) == 1 and (one.reused, two.reused) == (False, True)
     assert one.path == two.path and one.path.parent == tmp_path / "stages" and one.path.name.startswith("store-")
     assert one.manifest == two.manifest == read_sealed(one.path / "manifest.json")
-    assert one.manifest["inputs"] == {"a": 1} and one.manifest["rows"] == 5 and one.manifest["stage"] == "store"
+    assert one.manifest["inputs"] == {"version": 1, "a": 1}
+    assert one.manifest["rows"] == 5 and one.manifest["stage"] == "store"
     cost = one.manifest["cost"]
     assert cost["tokens"] == 7 and cost["bytes"] == 5 and cost["seconds"] >= 0
 
@@ -53,7 +58,7 @@ def test_a_crash_leaves_no_manifest_and_the_next_run_resumes_what_is_there(tmp_p
         assert not (path / "manifest.json").exists(), "the manifest comes last"
         return {}
 
-    assert stage(tmp_path, "s", {}, resume) == artifacts.Stage(
+    assert stage(tmp_path, "s", {}, resume) == workspace.Made(
         directory, read_sealed(directory / "manifest.json"), False
     )
 
@@ -71,8 +76,9 @@ def test_a_crash_while_the_manifest_is_written_leaves_none(tmp_path, monkeypatch
     assert not stage(tmp_path, "s", {}, lambda path: {}).reused
 
 
-def test_a_second_driver_waits_for_the_first_and_takes_its_work(tmp_path):
+def test_a_second_driver_waits_for_the_first_and_takes_its_work(tmp_path, monkeypatch):
     started, said, found = threading.Event(), [], []
+    monkeypatch.setattr(workspace, "say", said.append)
 
     def slow(path):
         started.set()
@@ -83,7 +89,7 @@ def test_a_second_driver_waits_for_the_first_and_takes_its_work(tmp_path):
 
     def second():
         assert started.wait(10)
-        found.append(stage(tmp_path, "s", {}, lambda path: {"by": "second"}, said.append))
+        found.append(stage(tmp_path, "s", {}, lambda path: {"by": "second"}))
 
     other = threading.Thread(target=second)
     other.start()
@@ -93,8 +99,9 @@ def test_a_second_driver_waits_for_the_first_and_takes_its_work(tmp_path):
     assert len(said) == 1 and "another driver" in said[0]
 
 
-def test_a_mistake_found_before_anything_was_made_leaves_nothing_and_does_not_trip_who_waits(tmp_path):
+def test_a_mistake_found_before_anything_was_made_leaves_nothing_and_does_not_trip_who_waits(tmp_path, monkeypatch):
     started, said, found = threading.Event(), [], []
+    monkeypatch.setattr(workspace, "say", said.append)
 
     def mistake(path):
         started.set()
@@ -105,7 +112,7 @@ def test_a_mistake_found_before_anything_was_made_leaves_nothing_and_does_not_tr
 
     def second():
         assert started.wait(10)
-        found.append(stage(tmp_path, "s", {}, lambda path: {"made": (path / "f").write_text("x")}, said.append))
+        found.append(stage(tmp_path, "s", {}, lambda path: {"made": (path / "f").write_text("x")}))
 
     other = threading.Thread(target=second)
     other.start()
@@ -118,17 +125,16 @@ def test_a_mistake_found_before_anything_was_made_leaves_nothing_and_does_not_tr
     assert not list((tmp_path / "stages").glob("t-*"))
 
 
-def test_the_lock_is_free_after_a_crash(tmp_path):
+def test_the_lock_is_free_after_a_crash(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         stage(tmp_path, "s", {}, lambda path: (_ for _ in ()).throw(RuntimeError))
-    waits = []
-    stage(tmp_path, "s", {}, lambda path: {}, waits.append)
-    assert not waits
+    monkeypatch.setattr(workspace, "say", pytest.fail)
+    stage(tmp_path, "s", {}, lambda path: {})
 
 
 def test_fingerprints_do_not_depend_on_order_process_or_container():
     assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": (1, 2), "a": 1}) == "626fe1ec4609"
-    assert canonical({"b": Path("x"), "a": None}) == '{"a":null,"b":"x"}'
+    assert canonical({"b": 1.0, "a": None}) == '{"a":null,"b":1.0}'
 
 
 def test_write_atomic_is_all_or_nothing(tmp_path):
@@ -191,3 +197,78 @@ def test_a_failed_part_whose_next_try_is_killed_is_tried_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stage(tmp_path, "sweep", {}, lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     assert not stage(tmp_path, "sweep", {}, lambda path: {"failed": {}}).reused
+
+
+def two(log: list[str], facts: dict | None = None, **settings) -> tuple[Stage, Stage]:
+    """A stage and one that is made from it, which write down that they are built."""
+
+    def build(name: str):
+        def work(path, inputs, bench):
+            log.append(name)
+            return {"read": sorted(inputs), **(facts or {})}
+
+        return work
+
+    one = Stage("one", 1, {"a": 1}, {}, build("one"))
+    return one, Stage("two", 1, settings, {"one": one, "none": None}, build("two"))
+
+
+def test_inputs_are_made_first_and_name_what_is_made_from_them(tmp_path):
+    log = []
+    one, other = two(log)
+    place = Workspace(tmp_path, None)
+    made = place.make(other)
+    assert log == ["one", "two"] and made.manifest["read"] == ["one"]
+    assert made.manifest["inputs"] == {"version": 1, "one": place.make(one).path.name, "none": None}
+    assert list(place.made) == [place.make(one).path.name, made.path.name], "in the order in which they were made"
+    assert log == ["one", "two"]
+
+
+def test_what_is_looked_for_is_not_made(tmp_path):
+    log = []
+    one, other = two(log)
+    with pytest.raises(NotMade):
+        Workspace(tmp_path, None).find(other)
+    made = Workspace(tmp_path, None).make(one)
+    assert log == ["one"] and [m.path for m in Workspace(tmp_path, None).find_all([other, one])] == [made.path]
+    Workspace(tmp_path, None).make(other)
+    assert Workspace(tmp_path, None).find(other).reused and log == ["one", "two"]
+
+
+def test_an_implied_input_is_made_and_does_not_name(tmp_path):
+    log = []
+    _, other = two(log)
+    named, implied = other, replace(other, implied=frozenset({"one"}))
+    assert Workspace(tmp_path, None).make(implied).manifest["inputs"] == {"version": 1, "none": None}
+    assert log == ["one", "two"]
+    assert Workspace(tmp_path, None).make(named).path != Workspace(tmp_path, None).make(implied).path
+
+
+def test_settings_may_come_from_what_was_made(tmp_path):
+    log = []
+    _, other = two(log, {"weights": "w"})
+    by_weights = replace(other, settings=lambda inputs: {"weights": inputs["one"].manifest["weights"]})
+    assert Workspace(tmp_path, None).make(by_weights).manifest["inputs"]["weights"] == "w"
+
+
+def test_settings_that_have_no_one_spelling_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="Path"):
+        stage(tmp_path, "s", {"path": Path("x")}, lambda path: {})
+    with pytest.raises(TypeError, match="set"):
+        stage(tmp_path, "s", {"names": {"a", "b"}}, lambda path: {})
+
+
+def test_what_a_new_stage_is_made_from_is_compared_with_its_hashes_first(tmp_path):
+    def write(path, inputs, bench):
+        (path / "below").mkdir()
+        (path / "below" / "x").write_text("whole")
+        return {}
+
+    one = Stage("one", 1, {}, {}, write)
+    file = Workspace(tmp_path, None).make(one).path / "below" / "x"
+    file.write_text("other")  # of the same size
+    assert Workspace(tmp_path, None).find(one).reused
+    with pytest.raises(Damaged, match="below/x"):
+        Workspace(tmp_path, None).make(Stage("two", 1, {}, {"one": one}, write))
+    with pytest.raises(Damaged, match="below/x"):
+        Workspace(tmp_path, None, verify=True).make(one)

@@ -15,21 +15,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from raysae import run_folder
 from raysae.artifacts import read_manifest
-from raysae.config import SweepJob, validate
+from raysae.config.jobs import SweepJob
+from raysae.config.load import validate
 from raysae.errors import UserError
 from raysae.files import read_json, sha256_of, write_json
-from raysae.flow import MADE_FROM, Flow
 from raysae.progress import say
 from raysae.run import Run
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.formats.saelens import WEIGHTS
+from raysae.studies.sweep import MADE_FROM, SweepStudy, bench_of
 from raysae.sweep.replay import replay
+
+if TYPE_CHECKING:
+    from raysae.bench import Bench
 
 TOLERANCE, SMALL = 0.05, 0.01
 """How far a metric without interval may move: relatively, or absolutely if that is more (shares near 0)."""
@@ -41,7 +45,7 @@ OUTCOME = "replication.json"
 MARK = "replication-of.json"
 
 
-def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict[str, Any]:
+def replicate(run: Run, output: Path | None = None, exact: bool = False, bench: Bench | None = None) -> dict[str, Any]:
     """Replicate `run` below the root `output` and return what `compare` found, also in `<run>/replication.json`.
 
     `output` defaults to `replications/<run>` beside the run. It must be empty, or hold an unfinished replication of this
@@ -55,35 +59,37 @@ def replicate(run: Run, output: Path | None = None, exact: bool = False) -> dict
     _check_output(output, original)
     manifest = read_manifest(run.stage("records"))
     run.stage("store"), run.stage("tokens")  # to compare with
-    flow = Flow(config, replay(run.table))
-    was, now = read_json(run.path / "identity.json"), flow.identity()
-    made_from = was.pop(MADE_FROM, {}), now.pop(MADE_FROM)
-    changed = list(differences(was, now))
-    if changed:
-        raise UserError(
-            f"{changed[0]}: is not what it was when {run.path} was made; replicate with the files and the raysae of then"
-        )
-    then = manifest["inputs"].get("source_hash")
-    if flow.source_hash != then:
-        raise UserError(
-            f"data.path: {config.data.path} has changed since {run.path} was made (hash {then} then, "
-            f"{flow.source_hash} now); bring back the data of then"
-        )
-    changed = [what for what, content in made_from[0].items() if made_from[1].get(what) != content]
-    if changed:
-        raise UserError(f"{changed[0]}: its content has changed since {run.path} was made; bring back that of then")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / MARK, {"run": str(original)})
-    try:
-        again = flow.run()
-    finally:
-        flow.close()
+    with bench_of(config, bench) as bench:
+        study = SweepStudy(config, bench, replay(run.table))
+        _check_sources(run, study, manifest["inputs"].get("source_hash"))
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / MARK, {"run": str(original)})
+        again = study.run()
     found = compare(run, again)
     good = ("identical",) if exact else ("identical", "within")
     found = {**found, "exact": exact, "replicates": found["outcome"] in good}
     run_folder.add(run.path, lambda folder: write_json(folder / OUTCOME, found), [OUTCOME], shown=False)
     say(f"compared with {again.path}: {run.path / OUTCOME}")
     return found
+
+
+def _check_sources(run: Run, study: SweepStudy, source_hash: str | None) -> None:
+    """Refuse a replication whose config, gate, data or model is not what it was."""
+    was, now = read_json(run.path / "identity.json"), study.identity()
+    made_from = was.pop(MADE_FROM, {}), now.pop(MADE_FROM)
+    changed = list(differences(was, now))
+    if changed:
+        raise UserError(
+            f"{changed[0]}: is not what it was when {run.path} was made; replicate with the files and the raysae of then"
+        )
+    if made_from[1]["data.path"] != source_hash:
+        raise UserError(
+            f"data.path: {study.job.data.path} has changed since {run.path} was made (hash {source_hash} then, "
+            f"{made_from[1]['data.path']} now); bring back the data of then"
+        )
+    changed = [what for what, content in made_from[0].items() if made_from[1].get(what) != content]
+    if changed:
+        raise UserError(f"{changed[0]}: its content has changed since {run.path} was made; bring back that of then")
 
 
 def _check_output(output: Path, original: Path) -> None:

@@ -14,25 +14,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from raysae.activations.capture import CaptureSettings
 from raysae.activations.store import Store
-from raysae.artifacts import Stage, size_of
-from raysae.budget import spending
-from raysae.calibrate import HostWork, calibrate_training
-from raysae.config import SweepJob
+from raysae.artifacts import size_of
+from raysae.config.jobs import SweepJob
 from raysae.evaluate.nulls import TRAINED
 from raysae.files import read_json
-from raysae.flow import Flow
 from raysae.models.embedded import trial_of_training
+from raysae.plan.budget import spending
+from raysae.plan.calibrate import HostWork, calibrate_training
+from raysae.plan.schedule import (
+    Entry,
+    Kind,
+    Rates,
+    SAERates,
+    Work,
+    capture_entry,
+    evaluation_entry,
+    in_words,
+    sweep_entry,
+)
 from raysae.progress import say
 from raysae.sae.train import Member
-from raysae.schedule import Entry, Kind, Rates, SAERates, Work, capture_entry, evaluation_entry, in_words, sweep_entry
-from raysae.stages import coefficients
+from raysae.studies.sweep import SweepStudy, bench_of
 from raysae.sweep.space import Common, Proposal, members
+from raysae.workspace import Made
+
+if TYPE_CHECKING:
+    from raysae.bench import Bench
 
 
 @dataclass(frozen=True)
@@ -50,48 +63,51 @@ class Plan:
         return in_words(self.entries, self.budget) + besides
 
 
-def plan(config: SweepJob) -> Plan:
-    """The schedule of the job of `config`. Nothing is written into the run's directory.
+def plan(job: SweepJob, bench: Bench | None = None) -> Plan:
+    """The schedule of a job. Nothing is written into the run's directory.
 
     UserError as for the run itself: a mistake in the config, or a budget that is certainly too small.
     """
-    flow = Flow(config)
-    try:
-        return _plan(flow)
-    finally:
-        flow.close()
+    with bench_of(job, bench) as bench:
+        return _plan(SweepStudy(job, bench), bench)
 
 
-def _plan(flow: Flow) -> Plan:
-    tokens = flow.prepare().tokens
-    made = flow.made(tokens)
-    entries = [_done(stage) for stage in flow.finished]
-    have = [stage.manifest["stage"] for stage in made]
+def _plan(study: SweepStudy, bench: Bench) -> Plan:
+    study.prepare()
+    job, workspace = study.job, study.workspace
+    tokens = workspace.make(study.tokens)
+    ahead = [study.model.stage, study.captured.store, study.saes, study.controls[0].nulls, study.validation]
+    have = {made.kind: made for made in workspace.find_all(stage for stage in ahead if stage is not None)}
+    entries = [_done(made) for made in workspace.made.values()]
     rates = None
     if "evaluation" not in have:
-        work, points = count(flow, tokens)
-        model = next((str(s.path) for s in made if s.manifest["stage"] == "model"), None)
-        rates = _calibrate(flow, tokens, points, model)
-        trials = flow.cluster.trials()
-        work = replace(work, pack_size=flow.pack_size(trials))
-        ahead = []
+        work, points = count(study, tokens)
+        rates = _calibrate(study, bench, tokens, points, have.get("model"))
+        trials = bench.trials()
+        work = replace(work, pack_size=_pack_size(study, bench))
+        left = []
         if "store" not in have:
-            ahead.append(capture_entry(work, rates, flow.cluster.capture(len(tokens.manifest["blocks"]))))
+            left.append(capture_entry(work, rates, bench.hosts(len(tokens.manifest["blocks"]))))
         if "sweep" not in have:
-            ahead.append(sweep_entry(work, rates, trials))
-        beside = 1 + sum(kind not in TRAINED for kind in flow.config.evaluation.nulls)  # SAEs and their nulls, at most
+            left.append(sweep_entry(work, rates, trials))
+        nulls = job.evaluation.nulls
+        beside = 1 + sum(kind not in TRAINED for kind in nulls)  # SAEs and their nulls, at most
         controls = {(site, k.architecture): (site, k) for site, k in sorted(work.points, key=lambda p: p[1].d_sae)}
-        shuffled = list(controls.values()) if "shuffled_rows" in flow.config.evaluation.nulls else []
+        shuffled = list(controls.values()) if "shuffled_rows" in nulls else []
         widest = max(work.points, key=lambda point: point[1].d_sae)
         for split, measured in (("validation", [*list(work.points) * beside, *shuffled]), ("test", [widest] * beside)):
-            hosts = flow.cluster.capture(len(work.blocks[split]))
-            ahead.append(evaluation_entry(work, rates, hosts, split, measured))
-        ahead[0] = replace(ahead[0], seconds=ahead[0].seconds + rates.ray_start)
-        if rates.model is not None:
-            entries.append(rates.model)
-        entries += ahead
-    budget = spending([entry.ledger() for entry in entries], flow.config.budget.model_dump())
-    return Plan(tuple(entries), budget, rates, left_out(flow.config))
+            hosts = bench.hosts(len(work.blocks[split]))
+            left.append(evaluation_entry(work, rates, hosts, split, measured))
+        left[0] = replace(left[0], seconds=left[0].seconds + rates.ray_start)
+        entries += [rates.model] if rates.model is not None else []
+        entries += left
+    budget = spending([entry.ledger() for entry in entries], job.budget.model_dump())
+    return Plan(tuple(entries), budget, rates, left_out(job))
+
+
+def _pack_size(study: SweepStudy, bench: Bench) -> int:
+    placement = bench.trials()
+    return study.sweep.pack_size(placement, study.widths, bench.device_bytes if placement.gpus else None)
 
 
 def left_out(config: SweepJob) -> tuple[str, ...]:
@@ -109,26 +125,26 @@ def left_out(config: SweepJob) -> tuple[str, ...]:
     return tuple(name for name, wanted in asked.items() if wanted)
 
 
-def _done(stage: Stage) -> Entry:
+def _done(made: Made) -> Entry:
     """A finished stage at what it did cost."""
-    c = stage.manifest["cost"]
+    c = made.manifest["cost"]
     seconds, cpu, gpu, tokens, size = (
         c.get(k, 0) for k in ("seconds", "cpu_seconds", "gpu_seconds", "tokens", "bytes")
     )
-    return Entry(stage.manifest["stage"], seconds, 1, 0.0, 0.0, cpu, gpu, tokens, size, done=True)
+    return Entry(made.kind, seconds, 1, 0.0, 0.0, cpu, gpu, tokens, size, done=True)
 
 
-def count(flow: Flow, tokens: Stage) -> tuple[Work, list[Proposal]]:
+def count(study: SweepStudy, tokens: Made) -> tuple[Work, list[Proposal]]:
     """What the config asks for, and a proposal of each kind of SAE that has to be timed."""
-    c, widths = flow.config, flow.widths()
-    proposed = flow.points(widths)
+    c, widths = study.job, study.widths
+    proposed = study.sweep.points(widths)[0]
     kinds = {
         p: Kind(widths[p.site], p.architecture, max(1, round(p.expansion_factor * widths[p.site]))) for p in proposed
     }
     blocks: dict[str, list[int]] = {split: [] for split in tokens.manifest["rows"]}
     for block in tokens.manifest["blocks"]:
         blocks[block["split"]].append(block["rows"])
-    shared = flow.recipe()
+    shared = study.sweep.recipe
     work = Work(
         rows=tokens.manifest["rows"],
         blocks=blocks,
@@ -157,53 +173,55 @@ def to_time(kinds: Mapping[Proposal, Kind]) -> list[Proposal]:
     return chosen
 
 
-def _calibrate(flow: Flow, tokens: Stage, points: Sequence[Proposal], model: str | None) -> Rates:
-    """Rates of this machine, measured in a folder that is gone afterwards. `model` is the embedded one's, if trained."""
-    c, widths = flow.config, flow.widths()
+def _calibrate(
+    study: SweepStudy, bench: Bench, tokens: Made, points: Sequence[Proposal], embedded: Made | None
+) -> Rates:
+    """Rates of this machine, measured in a folder that is gone afterwards. `embedded` is that model, if trained."""
+    c, widths, model = study.job, study.widths, study.model
     training = None
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=flow.root) as name:
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=study.root) as name:
         folder = Path(name)
-        if c.model.name != "embedded":
-            model = c.model.name
-        elif model is None:
+        made = {} if embedded is None else {"model": embedded}
+        if model.stage is not None and embedded is None:
             say("plan: timing the training of the embedded model")
             seconds, trained = trial_of_training(folder / "model", c.seed)
-            model, threads = str(folder / "model"), torch.get_num_threads()
+            threads = torch.get_num_threads()
             size = size_of(folder / "model")
             training = Entry("model", seconds, 1, threads, 0.0, seconds * threads, 0.0, trained, size)
+            made = {"model": Made(folder / "model", {"stage": "model"}, reused=False)}
         begun = time.perf_counter()
-        trials = flow.cluster.trials()
+        trials = bench.trials()
         ray_start = time.perf_counter() - begun
 
         say("plan: timing capture and measurement")
         blocks = {block["split"]: block for block in reversed(tokens.manifest["blocks"])}
         settings = CaptureSettings(tuple(widths), c.capture.dtype, c.capture.tokens_per_forward, c.seed)
-        configs = tuple((p.site, _member(p, flow, Common()).config) for p in points)
+        configs = tuple((p.site, _member(p, study, Common()).config) for p in points)
+        threads = bench.hosts(len(tokens.manifest["blocks"])).threads
         work = HostWork(
-            tokens.path / blocks["validation"]["file"], folder / "store", settings, configs, flow.bootstrap
-        )
+            tokens.path / blocks["validation"]["file"], folder / "store", settings, configs, study.measuring.bootstrap,
+            threads,
+        )  # fmt: skip
         (folder / "store").mkdir()
-        placement = flow.cluster.capture(len(tokens.manifest["blocks"]))
-        wall = flow._map_blocks("plan", [blocks["train"]], tokens.path, folder / "store", model, work, placement)
+        wall = bench.over_blocks(
+            "plan", [blocks["train"]], tokens.path, folder / "store", model.loading(made), work
+        )
         host = read_json(folder / "store" / "host.json")
 
-        many = max(1, min(trials.workers, -(-len(flow.points(widths)) * len(c.sweep.seeds) // flow.pack_size(trials))))
+        saes = len(study.sweep.points(widths)[0]) * len(c.sweep.seeds)
+        many = max(1, min(trials.workers, -(-saes // _pack_size(study, bench))))
         say(f"plan: timing {len(points)} kinds of SAEs, {many} at once")
-        common = flow.common(Store(folder / "store"))
-        chosen = [(p.site, _member(p, flow, common)) for p in points]
-        work_of = [
-            (flow.trial(folder / "store", flow.recipe(), 2, folder / f"trial{i}", {}), chosen) for i in range(many)
-        ]
-        from raysae.on_ray.cluster import at_once
-
-        measured = at_once(calibrate_training, work_of, trials)
-    saes: dict[Kind, SAERates] = {}
+        common = study.sweep.common(Store(folder / "store"))
+        chosen = [(p.site, _member(p, study, common)) for p in points]
+        work_of = [(study.sweep.trial(folder / "store", folder / f"trial{i}", {}, 2), chosen) for i in range(many)]
+        measured = bench.at_once(calibrate_training, work_of, trials)
+    rates_of: dict[Kind, SAERates] = {}
     for i, (_, config) in enumerate(configs):
         each = [rates[i] for _, rates in measured]
         mean = {f: fmean(getattr(r, f) for r in each) for f in SAERates.__dataclass_fields__}
-        saes[Kind(config.d_in, config.architecture, config.d_sae)] = SAERates(**{**mean, "rows": host["rows"][i]})
+        rates_of[Kind(config.d_in, config.architecture, config.d_sae)] = SAERates(**{**mean, "rows": host["rows"][i]})
     return Rates(
-        saes=saes,
+        saes=rates_of,
         ray_start=ray_start,
         host_start=max(wall - host["work"], 0.0),
         trial_start=max(began for began, _ in measured),
@@ -212,11 +230,8 @@ def _calibrate(flow: Flow, tokens: Stage, points: Sequence[Proposal], model: str
     )
 
 
-def _member(proposal: Proposal, flow: Flow, common: Common) -> Member:
+def _member(proposal: Proposal, study: SweepStudy, common: Common) -> Member:
     """An SAE of a proposal, with a typical coefficient where the search would choose it."""
-    s = flow.config.sweep
-    ranges, values = coefficients(s)
-    low, high = ranges[proposal.architecture]
-    typical = math.sqrt(low * high) if s.search == "optuna" else median(values[proposal.architecture])
-    d_in = flow.widths()[proposal.site]
-    return members(proposal, typical, d_in, s.seeds[:1], common)[0]
+    s, (_, stated) = study.job.sweep, study.sweep.coefficients(proposal.architecture)
+    typical = math.sqrt(stated[0] * stated[1]) if s.search == "optuna" else median(stated)
+    return members(proposal, typical, study.widths[proposal.site], s.seeds[:1], common)[0]

@@ -26,10 +26,10 @@ from raysae.evaluate.statistics import Bootstrap
 from raysae.files import write_json
 from raysae.models.host import ModelHost
 from raysae.placement import device
+from raysae.plan.schedule import SAERates
 from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig
 from raysae.sae.train import Member, Recipe, untrained
-from raysae.schedule import SAERates
 from raysae.sweep.trial import Rung, Trial, input_scale, train_pack
 
 ROWS_AT_MOST, ROWS_AT_FIRST = 8192, 512
@@ -72,8 +72,11 @@ class HostWork:
     saes: tuple[tuple[str, SAEConfig], ...]
     """An SAE of each kind, and its site."""
     bootstrap: Bootstrap
+    threads: int
+    """Of a host when there is one to each share of the blocks, as in the run."""
 
     def __call__(self, host: ModelHost, block: TokenBlock) -> dict[str, Any]:
+        torch.set_num_threads(self.threads)
         begun = time.perf_counter()
         first = head(block, ROWS_AT_FIRST)
         capture_block(host, first, self.root / "warm", self.settings)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from raysae.budget import ITEMS
 from raysae.placement import Placement
+from raysae.plan.budget import ITEMS
 from raysae.units import duration, size
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
