@@ -146,7 +146,7 @@ MOMENTS = {
     "half of Tune's files are written": (SIGKILL, "there", "stages/sweep-*/state/*/0*"),
     "an SAE is done": (SIGINT, "there", "stages/sweep-*/saes/*"),
     "the sweep is named as made": (SIGKILL, "renamed", "stages/sweep-*/manifest.json"),
-    "a block is measured": (SIGTERM, "there", "stages/evaluation-*/*/*.json"),
+    "a block is measured": (SIGTERM, "there", "stages/measurement-*/*/*.json"),
     "the ledger is written": (SIGINT, "renamed", "*/ledger.json"),
     "the decision is written": (SIGKILL, "renamed", "*/decision.json"),
     "the run gets its name": (SIGKILL, "renamed", "model*-arithmetic-*"),

@@ -215,7 +215,8 @@ def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopp
     )
     curve = {"tokens": 20_000, "fvu": 1.0, "l0": 0.0, "loss": 1.0, "dead_fraction": 1.0, "learning_rate": 1e-3}
     pd.DataFrame([{"sae_id": row["sae_id"], **curve} for row in rows]).to_parquet(saes.path / "curves.parquet")
-    made("evaluation", metrics={}), made("nulls", nulls={}), made("records"), made("tokens", blocks=[])
+    made("measurement", saes={}), made("evaluation", metrics={}), made("nulls", nulls={})
+    made("records"), made("tokens", blocks=[])
     facts_of_store = {"model": {"name": "m"}, "rows": {"train": 9}, "dtype": "float32", "left_out": {}, "not_compared": 0.0}
     made("store", sites={site: {}}, **facts_of_store)
     job = small_job(
@@ -226,7 +227,7 @@ def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopp
     mine.workspace.made.update(stages)
     table, controls, further = mine.gather()
     decision = mine.judge(table, controls)
-    run = mine.write(table, decision, [*further, *mine.about_lead(table, decision)])
+    run = mine.finish(table, decision, [*further, *mine.about_lead(table, decision)])
     assert run.decision["verdict"] == "no-go" and run.decision["chosen"] is None and run.best is None
     said = "None finished its training: 1 pruned: L0 0 at 20,000 tokens; 1 diverged: its loss is no longer finite."
     assert said in run.decision["reason"] and said in run.report.read_text()
@@ -513,7 +514,8 @@ def test_seeds_transfer_and_risk_are_measured(ray_cluster, arithmetic_model, tmp
     transfer = json.loads((run.path / "transfer.json").read_text())["away"]
     assert transfer["left_out"] >= 7 and transfer["examples"] == 67 - transfer["left_out"]
     assert next(iter(transfer["saes"])) == run.best and {*transfer["saes"]} == {*run.table["sae_id"]}
-    store = Store(stage_of(tmp_path / "results", "transfer_store"))
+    (other,) = {*(tmp_path / "results" / "stages").glob("store-*")} - {run.stage("store")}
+    store = Store(other)
     x = store.head(store.sites[0], "test", 10**9).double()
     x_hat = run.sae()(x.float()).double()
     fvu = ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()

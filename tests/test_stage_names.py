@@ -11,6 +11,9 @@ from small import study
 
 from raysae.config.jobs import SweepJob
 from raysae.config.load import load_config
+from raysae.config.sections import TrainingConfig
+from raysae.errors import UserError
+from raysae.files import write_json
 from raysae.models.embedded import embedded_facts
 from raysae.models.host import model_facts
 from raysae.stages import evidence
@@ -27,8 +30,12 @@ MANIFEST: dict[str, Any] = {
 }  # fmt: skip
 
 
-def names_of(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def names_of(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *fields: str) -> list[str]:
     """Folders of a job's stages in the order of the study, without making any; weights are called as their folder."""
+    return names_of_job(load_config(SweepJob, ["--config", str(config), "--output", str(tmp_path), *fields]), monkeypatch)
+
+
+def names_of_job(job: SweepJob, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def facts_of(name: str, *given: Any) -> Any:
         return model_facts(name, *given) if Path(name).is_dir() else embedded_facts()
@@ -41,16 +48,17 @@ def names_of(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     monkeypatch.setattr(Workspace, "_build", build)
     monkeypatch.setattr(sweep, "read_records", lambda path: [])
     monkeypatch.setattr(sweep, "check_labels", lambda *given: None)
-    job = load_config(SweepJob, ["--config", str(config), "--output", str(tmp_path)])
     mine = study(job)
     make, how = mine.workspace.make, mine.measuring
     mine.prepare()
-    for measured in mine.controls:
-        make(measured.evaluation)
-    make(evidence.domains(how, mine.captured, mine.validation, mine.records))
+    for control in mine.controls:
+        make(control.evaluation)
+    captured, nulls, sums, evaluated = mine.validation
+    make(evidence.domains(how, captured, sums, mine.records))
     if len(job.sweep.seeds) > 1:
-        make(evidence.stability(how, mine.captured, mine.saes, mine.validation))
-    make(evidence.evaluation(how, "test", mine.captured, mine.saes, mine.controls[0].nulls, [SAE]))
+        recurrence = evidence.recurrence(how, captured, mine.saes, sums)
+        make(evidence.stability(how, mine.saes, mine.tokens, recurrence, evaluated))
+    make(evidence.measured(how, "test", captured, mine.saes, nulls, [SAE]).evaluation)
     row = {name: 0 for name in FACTS} | {"sae_id": SAE, "status": "completed", "site": SITE}
     decision = {"chosen": SAE, "choices": {SITE: {"chosen": SAE}}}
     for _, stage in mine.about_lead(pd.DataFrame([row]), decision):
@@ -59,39 +67,47 @@ def names_of(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 QUICKSTART = (
-    "records-5a3f0a37f41f",
-    "tokens-c919c177763e",
+    "records-074cba589fd2",
+    "tokens-a96a9f713c85",
     "model-93a602f9db6a",
-    "store-a3e57d0c6417",
-    "sweep-1199f3aaeaa0",
-    "nulls-8e11f7b69e86",
-    "evaluation-895d6f6773e7",
-    "domains-d4227911c0c7",
-    "evaluation-b8da61b9b8c4",
-    "features-c408c5e4a11f",
+    "store-16a56dbdff04",
+    "sweep-cea82964c969",
+    "nulls-d45b7fe83c53",
+    "measurement-eab39800ad7f",
+    "evaluation-4e69c4010db5",
+    "domains-062a1e00300c",
+    "measurement-65ca5cf623fc",
+    "evaluation-692b5ba198b8",
+    "features-fdef31883760",
 )
 GSM_NANO_REPORT = (
-    "records-ae5b567128fa",
-    "tokens-ef02b268150c",
-    "transfer_records-264238268c2b",
-    "transfer_tokens-ac1d82dd4bcc",
-    "store-91bf1da7f810",
-    "sweep-6bd5e39fd451",
-    "nulls-3d09cf201030",
-    "evaluation-ce38cda3dfde",
+    "records-5ba3ba4cfd1d",
+    "tokens-935aa691afec",
+    "records-fb68ed39262f",
+    "tokens-549334f5ba68",
+    "store-c5545b86a14d",
+    "sweep-a86a441fde2d",
+    "nulls-f4ce657a559c",
+    "measurement-8c90b6649474",
+    "evaluation-4dfed5a6e32b",
     "null_model-70bc3caac46d",
-    "store-5546bde48518",
-    "nulls-6ecefb88172d",
-    "evaluation-3018c2a31d36",
-    "domains-fb828f9bff47",
-    "stability-c2a5268cb207",
-    "evaluation-63ebcb7ec72a",
-    "transfer_store-ad577cd265da",
-    "transfer_evaluation-f76e9689a805",
-    "transfer-722b87fc7bb0",
-    "invariance-648f6e634237",
-    "probes-a3cbc3085267",
-    "features-32c93c61c737",
+    "store-f7805c00b8a3",
+    "nulls-e58ceaf21be8",
+    "measurement-af3e6173e444",
+    "evaluation-f681c6eb8522",
+    "domains-673a509e6055",
+    "recurrence-c0484c7e97d6",
+    "stability-f56986728db9",
+    "measurement-cf31a01eb93e",
+    "evaluation-01f86eb7103f",
+    "store-35523216cc1d",
+    "measurement-f1924b6e2085",
+    "evaluation-cb8212386891",
+    "transfer-0998b3239e1d",
+    "rewording-e6797df038ff",
+    "invariance-f069631482cd",
+    "probes-b838d1fc31ea",
+    "features-5ef426b2a63c",
 )
 
 
@@ -111,3 +127,54 @@ def test_the_stages_of_the_quickstart_keep_their_names(beside_data, monkeypatch)
 def test_the_stages_of_the_report_on_gsm_nano_keep_their_names(beside_data, monkeypatch, shared):
     (beside_data / "shared").symlink_to(shared)
     assert names_of(CONFIGS / "gsm_nano_report.yaml", beside_data, monkeypatch) == list(GSM_NANO_REPORT)
+
+
+def kinds(names: list[str]) -> set[str]:
+    return {name.rpartition("-")[0] for name in names}
+
+
+OF_INTERVALS = {"evaluation", "domains", "stability", "transfer", "invariance", "features"}
+
+
+@pytest.mark.parametrize("fields, redone", [
+    (["--evaluation.bootstrap", "77"], OF_INTERVALS),
+    (["--evaluation.confidence", "0.9"], OF_INTERVALS),
+    (["--evaluation.contexts", "7"], {"features"}),
+    (["--sweep.target_l0", "[5]", "--sweep.l1_range", "[0.3,0.4]", "--sweep.coefficients", '{"gated": [0.5]}'], set()),
+    (["--training.base_learning_rate", "0.5", "--training.learning_rate", "0.1"], None),
+    (["--data.text_separator", "x", "--data.columns.question", "y"], set()),
+    (["--cluster.num_cpus", "3", "--budget.tokens", "1_000_000_000_000", "--sweep.pack_size", "3"], set()),
+    (["--sweep.k", "[16]"], None),
+    (["--capture.dtype", "float32"], None),
+], ids=lambda value: str(value)[:40])  # fmt: skip
+def test_a_stage_is_made_again_only_for_what_it_depends_on(beside_data, monkeypatch, shared, fields, redone):
+    """redone: kinds of stages; None: the sweep and all that comes of it."""
+    (beside_data / "shared").symlink_to(shared)
+    report = CONFIGS / "gsm_nano_report.yaml"
+    before, after = (names_of(report, beside_data, monkeypatch, *given) for given in ([], fields))
+    changed = kinds([name for name in after if name not in before])
+    if redone is None:
+        assert {"sweep", "nulls", "measurement", *OF_INTERVALS} <= changed and "records" not in changed
+    else:
+        assert changed == redone
+
+
+def test_a_field_that_is_added_later_redoes_nothing_and_leaves_a_named_run_its_own(beside_data, monkeypatch):
+    class Training(TrainingConfig):
+        later: int = 3
+
+    class Job(SweepJob):
+        training: Training = Training()
+        more: str = "as ever"
+
+    config = load_config(SweepJob, ["--config", str(CONFIGS / "quickstart.yaml"), "--output", str(beside_data)])
+    config = config.model_copy(update={"run": "mine"})
+    now = Job(**config.model_dump())
+    assert names_of_job(config, monkeypatch) == names_of_job(now, monkeypatch)
+    then = study(config)
+    then.directory.mkdir()
+    write_json(then.directory / "identity.json", then.identity())
+    study(now)
+    for changed in ({"more": "another"}, {"training": now.training.model_copy(update={"later": 4})}, {"seed": 1}):
+        with pytest.raises(UserError, match="belongs to another config"):
+            study(now.model_copy(update=changed))

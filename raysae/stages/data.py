@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     from raysae.config.sections import DataConfig
     from raysae.stages.model import Model
 
-TRANSFER = "transfer_"
-"""Before the name of a stage: it is of another dataset than the run's, all of it held out. The code is the same."""
+OF_RECORDS = (
+    "source", "path", "examples", "validation_fraction", "test_fraction", "near_duplicate_similarity", "on_bad_row",
+)  # fmt: skip
+OF_SOURCE = {
+    "gsm8k": ("subset", "hub_split"),
+    "text": ("text_separator", "text_replace"),
+    "dataset": ("subset", "hub_split", "columns"),
+}
+"""Fields of the data that records depend on, those of every source and those of one."""
 CONTEXT_AT_MOST = 512
 """Context length where neither the config nor the model asks for less."""
 MAX_DROPPED = 0.5
@@ -65,11 +72,9 @@ def records(data: DataConfig, seed: int, apart_from: Stage | None = None) -> Sta
         rows = {"bad_rows": len(left_out.bad), "blank_rows": left_out.blank, "not_compared": short}
         return {"examples": counts, "groups": groups, "left_out": seen, **rows}
 
-    settings = data.model_dump(mode="json", exclude={"context_length", "packing"})
+    settings = data.model_dump(mode="json", include={*OF_RECORDS, *OF_SOURCE.get(data.source, ())})
     settings |= {"seed": seed, "source_hash": source_hash(data.path)}
-    if apart_from is None:
-        return Stage("records", 2, settings, {}, build)
-    return Stage(f"{TRANSFER}records", 2, settings, {"apart_from": apart_from}, build)
+    return Stage("records", 3, settings, {"apart_from": apart_from} if apart_from else {}, build)
 
 
 def tokens(records: Stage, model: Model, data: DataConfig, rows_per_block: int, seed: int) -> Stage:
@@ -102,8 +107,7 @@ def tokens(records: Stage, model: Model, data: DataConfig, rows_per_block: int, 
         "rows_per_block": rows_per_block,
         "seed": seed,
     }
-    prefix = TRANSFER if records.kind.startswith(TRANSFER) else ""
-    return Stage(f"{prefix}tokens", 2, settings, {"records": records}, build)
+    return Stage("tokens", 3, settings, {"records": records}, build)
 
 
 def context_length(asked: int | None, allowed: int | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,15 +15,14 @@ from raysae.data.records import read_records
 from raysae.errors import UserError
 from raysae.evaluate import features as latent_features
 from raysae.evaluate import fidelity, risk
-from raysae.evaluate import invariance as rewording
+from raysae.evaluate import invariance as wordings
 from raysae.evaluate import probes as label_probes
-from raysae.evaluate import stability as recurrence
+from raysae.evaluate import stability as seeds
 from raysae.evaluate import transfer as elsewhere
 from raysae.evaluate.nulls import ELSEWHERE, LINEAR, beside
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import read_table, write_json
 from raysae.progress import say
-from raysae.stages.data import TRANSFER
 from raysae.stages.work import blocks_of, names_of, of_driver, over_blocks, refuse_partial
 from raysae.workspace import Inputs, Made, Stage
 
@@ -30,18 +30,6 @@ if TYPE_CHECKING:
     from raysae.bench import Bench
     from raysae.config.sections import EvaluationConfig, ProbesConfig
     from raysae.stages.store import Captured
-
-NOT_MEASURED_BY = {"nulls", "invariance", "features", "feature_rows", "contexts"}
-"""Fields of the evaluation that the evaluation stage does not depend on: they have stages of their own."""
-
-
-class Measured(NamedTuple):
-    """Nulls, the activations that they read, and their measurements on a split of these."""
-
-    nulls: Stage
-    captured: Captured
-    evaluation: Stage
-
 
 class Measuring(NamedTuple):
     """How SAEs are measured."""
@@ -55,12 +43,30 @@ class Measuring(NamedTuple):
         return Bootstrap(self.config.bootstrap, self.config.confidence, self.seed)
 
 
-def evaluation(
+class Measured(NamedTuple):
+    """SAEs, nulls or both, as they were measured on a split of some activations."""
+
+    captured: Captured
+    nulls: Stage | None
+    sums: Stage
+    """By block and group, in a folder per site; what the model is asked for."""
+    evaluation: Stage
+    """Metrics with intervals, from the sums."""
+
+
+def measured(
     how: Measuring, split: str, captured: Captured, saes: Stage | None, nulls: Stage | None = None,
     only: Sequence[str] | None = None,
-) -> Stage:  # fmt: skip
-    """Measurements on a split of every SAE and null, of those that `only` names, or of nulls alone (rows only):
-    `metrics.json`, and the sums by group and block that they are from."""
+) -> Measured:  # fmt: skip
+    """Measurements on a split of every SAE and null, of those that `only` names, or of nulls alone (rows only)."""
+    sums = measurement(how, split, captured, saes, nulls, only)
+    return Measured(captured, nulls, sums, evaluation(how, split, captured, sums))
+
+
+def measurement(
+    how: Measuring, split: str, captured: Captured, saes: Stage | None, nulls: Stage | None, only: Sequence[str] | None
+) -> Stage:
+    """Sums by group over the blocks of a split, of SAEs and nulls: what `fidelity.Measurement` writes, by site."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         blocks, opened = blocks_of(inputs["tokens"], split), Store(inputs["store"].path)
@@ -74,27 +80,31 @@ def evaluation(
         }
         model = captured.model.loading(inputs)
         cost = over_blocks(bench, works, blocks, fidelity.done, inputs["tokens"].path, model)
-        metrics: dict[str, Any] = {}
-        for work in works.values():
-            metrics |= fidelity.collect(work.root, names_of(blocks), opened.mean(work.site), how.bootstrap)
-        wanted = [sae_id for work in works.values() for sae_id, _ in work.saes]
+        ids = {work.site: [sae_id for sae_id, _ in work.saes] for work in works.values()}
+        return {"saes": ids, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
+
+    settings = {"split": split, "only": only, "max_tokens": how.config.max_tokens if saes else 0}
+    inputs = {"saes": saes, "nulls": nulls, **captured.inputs}
+    implied = frozenset(inputs) - {"saes", "nulls", "store"}
+    return Stage("measurement", 1, settings, inputs, build, implied=implied)
+
+
+def evaluation(how: Measuring, split: str, captured: Captured, sums: Stage) -> Stage:
+    """Metrics of SAEs and nulls with intervals, from the sums of a split: `metrics.json`."""
+
+    def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
+        opened, summed = Store(inputs["store"].path), inputs["sums"]
+        blocks, metrics = names_of(blocks_of(inputs["tokens"], split)), dict[str, Any]()
+        for site in summed.manifest["saes"]:
+            metrics |= fidelity.collect(summed.path / site, blocks, opened.mean(site), how.bootstrap)
+        wanted = [sae_id for ids in summed.manifest["saes"].values() for sae_id in ids]
         refuse_partial(f"measurements on {split}", wanted, metrics)
         write_json(path / "metrics.json", metrics)
-        return {"metrics": metrics, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
+        return {"metrics": metrics}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        return {
-            "sweep": inputs["saes"].key if saes else None,
-            "split": split,
-            "only": only,
-            "evaluation": how.config.model_dump(mode="json", exclude=NOT_MEASURED_BY),
-            "seed": how.seed,
-        }
-
-    prefix = TRANSFER if captured.store.kind.startswith(TRANSFER) else ""
-    inputs = {"saes": saes, "nulls": nulls, **captured.inputs}
-    named = {"nulls", "store"} if prefix else {"nulls"}
-    return Stage(f"{prefix}evaluation", 6, settings, inputs, build, implied=frozenset(inputs) - named)
+    inputs = {"sums": sums, "store": captured.store, "tokens": captured.tokens}
+    implied = frozenset({"store", "tokens"})
+    return Stage("evaluation", 7, {"bootstrap": asdict(how.bootstrap)}, inputs, build, implied=implied)
 
 
 def _to_measure(inputs: Inputs, only: Sequence[str] | None) -> dict[str, list[tuple[str, Path]]]:
@@ -132,116 +142,120 @@ def metrics_of_nulls(nulls: Made, evaluated: Made) -> dict[str, dict[str, Any]]:
     return metrics
 
 
-def stability(how: Measuring, captured: Captured, saes: Stage, validation: Stage) -> Stage:
+def recurrence(how: Measuring, captured: Captured, saes: Stage, sums: Stage) -> Stage:
+    """Latents matched across seeds, and the sums of what recurs: what `evaluate.stability.tasks` writes, by site."""
+
+    def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
+        tokens, root = inputs["tokens"], inputs["saes"].path
+        blocks = blocks_of(tokens, "validation")
+        table = read_table(root / "table.parquet")
+        matches = seeds.match_all(table, root / "saes", inputs["sums"].path, names_of(blocks), how.seed)
+        tasks = seeds.tasks(matches, inputs["store"].path, root / "saes", path)
+        works = {f"what recurs at {task.site}": task for task in tasks}
+        model = captured.model.loading(inputs)
+        cost = over_blocks(bench, works, blocks, seeds.done, tokens.path, model)
+        return {"cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
+
+    inputs = {"saes": saes, "sums": sums, **captured.inputs}
+    return Stage("recurrence", 1, {"seed": how.seed}, inputs, build, implied=frozenset(inputs) - {"sums"})
+
+
+def stability(how: Measuring, saes: Stage, tokens: Stage, recurring: Stage, evaluated: Stage) -> Stage:
     """Whether seeds find the same latents: `stability.json`, `stability.parquet`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        tokens, measured, root = inputs["tokens"], inputs["validation"], inputs["saes"].path
-        blocks = blocks_of(tokens, "validation")
-        names, table = names_of(blocks), read_table(root / "table.parquet")
-        seeds = recurrence.match_all(table, root / "saes", measured.path, names, how.seed)
-        tasks = recurrence.tasks(seeds, inputs["store"].path, root / "saes", path)
-        works = {f"what recurs at {task.site}": task for task in tasks}
-        model = captured.model.loading(inputs)
-        cost = over_blocks(bench, works, blocks, recurrence.done, tokens.path, model)
-        recurring = recurrence.collect(path, names, table, metrics_of(measured), how.bootstrap)
-        recurrence.by_configuration(recurring).to_parquet(path / "stability.parquet", index=False)
-        write_json(path / "stability.json", recurring)
-        return {"stability": recurring, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
+        table = read_table(inputs["saes"].path / "table.parquet")
+        blocks, metrics = names_of(blocks_of(inputs["tokens"], "validation")), metrics_of(inputs["evaluation"])
+        facts = seeds.collect(inputs["recurrence"].path, blocks, table, metrics, how.bootstrap)
+        seeds.by_configuration(facts).to_parquet(path / "stability.parquet", index=False)
+        write_json(path / "stability.json", facts)
+        return {"stability": facts}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        return {"evaluation": inputs["validation"].key, "seed": how.seed}
-
-    inputs = {"saes": saes, "validation": validation, **captured.inputs}
-    return Stage("stability", 3, settings, inputs, build, implied=frozenset(inputs))
+    inputs = {"saes": saes, "tokens": tokens, "recurrence": recurring, "evaluation": evaluated}
+    implied = frozenset({"saes", "tokens"})
+    return Stage("stability", 4, {"bootstrap": asdict(how.bootstrap)}, inputs, build, implied=implied)
 
 
-def domains(how: Measuring, captured: Captured, validation: Stage, records: Stage) -> Stage:
-    """Fidelity by domain, from the evaluation's sums: `domains.parquet`, `domains.json`."""
+def domains(how: Measuring, captured: Captured, sums: Stage, records: Stage) -> Stage:
+    """Fidelity by domain, from the sums on the validation split: `domains.parquet`, `domains.json`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        names, measured = names_of(blocks_of(inputs["tokens"], "validation")), inputs["validation"].path
+        names, summed = names_of(blocks_of(inputs["tokens"], "validation")), inputs["sums"]
         problems = read_records(inputs["records"].path / "records.parquet")
-        sites = inputs["store"].manifest["sites"]
-        roots = [root for site in sites if (root := measured / site).is_dir()]  # where an SAE was measured
+        roots = [summed.path / site for site in summed.manifest["saes"]]
         validation = [p for p in problems if p.split == "validation"]
         table, facts = risk.coverage(roots, names, validation, how.bootstrap)
         table.to_parquet(path / "domains.parquet", index=False)
         write_json(path / "domains.json", facts)
         return {}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        return {"evaluation": inputs["validation"].key}
-
-    inputs = {"validation": validation, "records": records, "store": captured.store, "tokens": captured.tokens}
-    return Stage("domains", 3, settings, inputs, build, implied=frozenset(inputs) - {"records"})
-
-
-class Away(NamedTuple):
-    """Another dataset, all of it held out, and the measurements there."""
-
-    records: Stage
-    captured: Captured
-    evaluation: Stage
+    inputs = {"sums": sums, "records": records, "tokens": captured.tokens}
+    settings = {"bootstrap": asdict(how.bootstrap)}
+    return Stage("domains", 4, settings, inputs, build, implied=frozenset({"tokens"}))
 
 
 def transfer(
-    how: Measuring, captured: Captured, validation: Stage, away: Mapping[str, Away], ids: Sequence[str], site: str
+    how: Measuring, home: Measured, away: Mapping[str, tuple[Stage, Measured]], ids: Sequence[str], site: str
 ) -> Stage:
-    """Fidelity of some SAEs of one site on other datasets, against that on the validation split: `transfer.json`."""
+    """Fidelity of some SAEs of one site on other datasets (records and measurements by name), against that on the
+    validation split: `transfer.json`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        measured = inputs["validation"]
-        home = (measured.path / site, names_of(blocks_of(inputs["tokens"], "validation")), metrics_of(measured))
+        def measurements(name: str, split: str) -> tuple[Path, list[str], dict[str, dict[str, Any]]]:
+            sums, evaluated, tokens = (inputs[f"{name}/{part}"] for part in ("sums", "evaluation", "tokens"))
+            return sums.path / site, names_of(blocks_of(tokens, split)), metrics_of(evaluated)
+
         datasets = {}
         for name in away:
-            records, tokens, there = (inputs[f"{name}/{part}"] for part in ("records", "tokens", "evaluation"))
-            other = (there.path / site, names_of(tokens.manifest["blocks"]), metrics_of(there))
-            compared = elsewhere.compare(ids, home, other, how.bootstrap)
-            examples, left_out = records.manifest["examples"]["test"], records.manifest["left_out"]
-            datasets[name] = {"examples": examples, "left_out": left_out, "saes": compared}
+            compared = elsewhere.compare(ids, measurements("home", "validation"), measurements(name, "test"), how.bootstrap)
+            taken = inputs[f"{name}/records"].manifest
+            datasets[name] = {"examples": taken["examples"]["test"], "left_out": taken["left_out"], "saes": compared}
             datasets[name]["over_seeds"] = elsewhere.over_seeds(compared)
         write_json(path / "transfer.json", datasets)
         return {}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        there = {name: inputs[f"{name}/evaluation"].key for name in away}
-        return {"home": inputs["validation"].key, "away": there, "saes": list(ids)}
+    inputs: dict[str, Stage] = {}
+    for name, at in {"home": home, **{name: m for name, (_, m) in away.items()}}.items():
+        inputs |= {f"{name}/sums": at.sums, f"{name}/evaluation": at.evaluation, f"{name}/tokens": at.captured.tokens}
+    inputs |= {f"{name}/records": records for name, (records, _) in away.items()}
+    settings = {"saes": list(ids), "site": site, "bootstrap": asdict(how.bootstrap)}
+    implied = frozenset(name for name in inputs if not name.endswith("/evaluation"))
+    return Stage("transfer", 3, settings, inputs, build, implied=implied)
 
-    inputs = {"validation": validation, "tokens": captured.tokens}
-    for name, (records, other, evaluated) in away.items():
-        inputs |= {f"{name}/records": records, f"{name}/tokens": other.tokens, f"{name}/evaluation": evaluated}
-    return Stage("transfer", 2, settings, inputs, build, implied=frozenset(inputs))
 
-
-def invariance(
+def rewording(
     how: Measuring, captured: Captured, saes: Stage, records: Stage, sae_id: str, site: str, rows_per_block: int
 ) -> Stage:
-    """Which latents of an SAE still fire when examples are worded differently: `invariance.json`."""
+    """Validation examples worded differently, and what the latents of an SAE are on them: `tokens/`, `latents/`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         problems = read_records(inputs["records"].path / "records.parquet")
         length = inputs["tokens"].manifest["context_length"]
-        facts = rewording.write_variants(
+        facts = wordings.write_variants(
             path / "tokens", problems, how.config.invariance, captured.model.tokenizer, length, rows_per_block, how.seed
         )
         sae = inputs["saes"].path / "saes" / sae_id
-        task = rewording.Reading(site, sae, path / "latents", how.tokens_per_forward)
+        task = wordings.Reading(site, sae, path / "latents", how.tokens_per_forward)
         model, works = captured.model.loading(inputs), {"reworded examples": task}
-        cost = over_blocks(bench, works, facts["blocks"], rewording.done, path / "tokens", model)
-        firings = rewording.collect(task.root, path / "tokens", how.bootstrap)
-        write_json(path / "invariance.json", {"sae_id": sae_id, **firings})
+        cost = over_blocks(bench, works, facts["blocks"], wordings.done, path / "tokens", model)
         return {"cost": {"tokens": sum(facts["rows"].values()), **cost}}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        e = how.config
-        return {
-            "sweep": inputs["saes"].key, "tokens": inputs["tokens"].key, "sae_id": sae_id, "examples": e.invariance,
-            "bootstrap": e.bootstrap, "confidence": e.confidence, "seed": how.seed,
-        }  # fmt: skip
-
+    settings = {"sae": sae_id, "examples": how.config.invariance, "seed": how.seed}
     inputs = {"saes": saes, "records": records, "tokens": captured.tokens, **captured.model.inputs}
-    return Stage("invariance", 2, settings, inputs, build, implied=frozenset(inputs))
+    implied = frozenset(inputs) - {"saes", "tokens"}
+    return Stage("rewording", 1, settings, inputs, build, implied=implied)
+
+
+def invariance(how: Measuring, reworded: Stage, sae_id: str) -> Stage:
+    """Which latents of an SAE still fire when examples are worded differently: `invariance.json`."""
+
+    def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
+        root = inputs["rewording"].path
+        firings = wordings.collect(root / "latents", root / "tokens", how.bootstrap)
+        write_json(path / "invariance.json", {"sae_id": sae_id, **firings})
+        return {}
+
+    return Stage("invariance", 3, {"bootstrap": asdict(how.bootstrap)}, {"rewording": reworded}, build)
 
 
 def probes(
@@ -265,13 +279,12 @@ def probes(
         label_probes.write(path, table, facts, settings, sae_id=sae_id, site=site)
         return {"sae_id": sae_id, "labels": list(config.labels)}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        return {"sweep": inputs["saes"].key, "sae": sae_id, "probes": config.model_dump(mode="json"), "seed": seed}
-
-    inputs: dict[str, Stage | None] = {"saes": saes, "records": records, "store": captured.store, "nulls": None}
+    inputs: dict[str, Stage | None] = {"saes": saes, "records": records, "store": captured.store}
     if other:
         inputs |= {"nulls": other.nulls, "other_store": other.captured.store}
-    return Stage("probes", 2, settings, inputs, build, implied=frozenset({"saes", "other_store"}))
+    settings = {"sae": sae_id, "probes": config.model_dump(mode="json"), "seed": seed}
+    implied = frozenset({"records", "store", "other_store"})
+    return Stage("probes", 3, settings, inputs, build, implied=implied)
 
 
 def features(
@@ -292,18 +305,10 @@ def features(
         )  # fmt: skip
         return {"cost": {"tokens": rows, **of_driver(perf_counter() - start)}}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        fields = {"feature_rows", "contexts", "bootstrap", "confidence"}
-        return {
-            "sweep": inputs["saes"].key,
-            "sae": sae_id,
-            "split": "validation",
-            **how.config.model_dump(mode="json", include=fields),
-            "seed": how.seed,
-        }
-
+    e = how.config
+    settings = {"sae": sae_id, "rows": e.feature_rows, "contexts": e.contexts, "bootstrap": asdict(how.bootstrap)}
     inputs = {"saes": saes, "records": records, "store": captured.store, "tokens": captured.tokens}
-    return Stage("features", 2, settings, inputs, build, implied=frozenset(inputs))
+    return Stage("features", 3, settings, inputs, build, implied=frozenset(inputs) - {"saes"})
 
 
 @contextmanager

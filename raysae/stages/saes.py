@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 FAR = 3.0
 """‖mean‖ over √E‖x - mean‖² of activations, from which the log speaks of it."""
+OF_TRAINING = (
+    "tokens", "batch_size", "learning_rate", "warmup_fraction", "decay_fraction", "sparsity_warmup_fraction",
+    "dead_after_tokens", "losses", "b_dec", "initialisation", "resample_at", "precision", "rungs",
+)  # fmt: skip
+"""Fields of the training that SAEs depend on."""
 STATED = {
     "l1_coefficient": ("l1_coefficients", "l1_range"),
     "k": ("k", "k_range"),
@@ -110,6 +115,28 @@ class Sweep:
     def tokens(self) -> int:
         """Training tokens of each SAE."""
         return self.recipe.steps * self.recipe.batch_size
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its SAEs depend on beside the store: of the coefficients, those of the architectures that are trained."""
+        s, t, l1 = self.config, self.training, any(COEFFICIENT[a] == "l1_coefficient" for a in self.config.architectures)
+        searched = {a: list(self.coefficients(a)[1]) for a in s.architectures}
+        trained = t.model_dump(mode="json", include=set(OF_TRAINING))
+        trained |= {"base_learning_rate": t.base_learning_rate} if t.learning_rate is None else {}
+        if self.replay:
+            return {"replay": self.replay.fingerprint, "training": trained, "seed": self.seed}
+        return {
+            "architectures": list(s.architectures),
+            "expansion_factors": list(s.expansion_factors),
+            "search": s.search,
+            "coefficients": searched,
+            "l1_units": s.l1_units if l1 else None,
+            "samples": s.samples if s.search == "optuna" else None,
+            "seeds": list(s.seeds),
+            "prune": s.prune.model_dump(mode="json", include={"grace_fraction", "margin"}) if s.prune.enabled else None,
+            "training": trained,
+            "seed": self.seed,
+        }
 
     @property
     def pruning(self) -> Pruning:
@@ -186,15 +213,8 @@ def saes(sweep: Sweep, captured: Captured, data: DataConfig) -> Stage:
         cost = replace(placement, workers=1).held(float(table["train_seconds"].sum()))
         return {"saes": len(table), FAILED: failed, "cost": {"tokens": int(table["tokens"].sum()), **cost}}
 
-    settings = {
-        "sweep": sweep.config.model_dump(mode="json", exclude={"pack_size"}),
-        "training": sweep.training.model_dump(mode="json"),
-        "seed": sweep.seed,
-    }
-    if sweep.replay:
-        settings["replay"] = sweep.replay.fingerprint
     implied = frozenset(captured.inputs) - {"store"}
-    return Stage("sweep", 8, settings, captured.inputs, build, implied=implied)
+    return Stage("sweep", 9, sweep.identity, captured.inputs, build, implied=implied)
 
 
 def nulls(kinds: Sequence[str], sweep: Sweep, saes: Stage, captured: Captured, data: DataConfig) -> Stage:
@@ -222,11 +242,9 @@ def nulls(kinds: Sequence[str], sweep: Sweep, saes: Stage, captured: Captured, d
             say(f"nulls: the training of {name} diverged; it is left out")
         return {"nulls": facts, "cost": spent}
 
-    def settings(inputs: Inputs) -> dict[str, Any]:
-        return {"sweep": inputs["saes"].key, "kinds": list(kinds), "seed": sweep.seed}
-
     inputs = {"saes": saes, **captured.inputs}
-    return Stage("nulls", 3, settings, inputs, build, implied=frozenset(inputs) - {"store"})
+    settings = {"kinds": list(kinds), "seed": sweep.seed}
+    return Stage("nulls", 4, settings, inputs, build, implied=frozenset(inputs) - {"saes", "store"})
 
 
 def far_from_zero(offsets: Mapping[str, float]) -> list[str]:

@@ -11,7 +11,6 @@ from raysae.errors import UserError
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
 from raysae.progress import say
-from raysae.stages.data import TRANSFER
 from raysae.stages.work import over_blocks
 from raysae.workspace import Inputs, Made, Stage
 
@@ -70,9 +69,8 @@ def store(tokens: Stage, model: Model, sites: Sequence[str], config: CaptureConf
             "seed": seed,
         }
 
-    prefix = TRANSFER if tokens.kind.startswith(TRANSFER) else ""
     needed = {"tokens": tokens, **model.inputs}
-    return Stage(f"{prefix}store", 2, settings, needed, build, implied=frozenset(model.inputs))
+    return Stage("store", 3, settings, needed, build, implied=frozenset(model.inputs))
 
 
 def check_vocabulary(tokens: Made, model: Model) -> None:

@@ -40,7 +40,8 @@ from raysae.plan.schedule import (
 )
 from raysae.progress import say
 from raysae.sae.train import Member
-from raysae.studies.sweep import SweepStudy, bench_of
+from raysae.studies.study import bench_of
+from raysae.studies.sweep import SweepStudy
 from raysae.sweep.space import Common, Proposal, members
 from raysae.workspace import Made
 
@@ -76,11 +77,11 @@ def _plan(study: SweepStudy, bench: Bench) -> Plan:
     study.prepare()
     job, workspace = study.job, study.workspace
     tokens = workspace.make(study.tokens)
-    ahead = [study.model.stage, study.captured.store, study.saes, study.controls[0].nulls, study.validation]
+    ahead = [study.model.stage, study.captured.store, study.saes, study.validation.nulls, study.validation.sums]
     have = {made.kind: made for made in workspace.find_all(stage for stage in ahead if stage is not None)}
     entries = [_done(made) for made in workspace.made.values()]
     rates = None
-    if "evaluation" not in have:
+    if "measurement" not in have:
         work, points = count(study, tokens)
         rates = _calibrate(study, bench, tokens, points, have.get("model"))
         trials = bench.trials()

@@ -29,7 +29,8 @@ from raysae.progress import say
 from raysae.run import Run
 from raysae.sae.architectures import COEFFICIENTS
 from raysae.sae.formats.saelens import WEIGHTS
-from raysae.studies.sweep import MADE_FROM, SweepStudy, bench_of
+from raysae.studies.study import MADE_FROM, bench_of, differences
+from raysae.studies.sweep import SweepStudy
 from raysae.sweep.replay import replay
 
 if TYPE_CHECKING:
@@ -101,15 +102,6 @@ def _check_output(output: Path, original: Path) -> None:
         raise UserError(f"output: {output} is not empty; a replication reuses nothing, give another --output")
     if (output / original.name / "decision.json").exists():
         raise UserError(f"output: {output} holds a finished replication; delete it, or give another --output")
-
-
-def differences(then: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of the values of `then` that `now` has otherwise. What only `now` has is a field that came later."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        for key, value in then.items():
-            yield from differences(value, now.get(key), f"{name}.{key}" if name else str(key))
-    elif then != now:
-        yield name
 
 
 def compare(one: Run, two: Run) -> dict[str, Any]:
