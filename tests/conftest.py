@@ -12,6 +12,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
+from outside import absent
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_RAY = (
@@ -48,13 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real models and datasets; tests that need them skip where they are absent, except under CI."""
+    """Real models and datasets; see outside.py for where they are absent."""
     path = Path(os.environ.get("RAYSAE_TEST_DATA", ROOT.parent / "shared"))
     if not (path / "models").is_dir():
-        message = f"no test data at {path}; set RAYSAE_TEST_DATA"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
+        absent(f"no test data at {path}; set RAYSAE_TEST_DATA")
     return path
 
 

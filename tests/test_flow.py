@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from outside import foreign
 from small import GATE, sae_hashes, small_job, small_values, stage_of, study, write_config
 from transformers import AutoModelForCausalLM, LlamaConfig, LlavaConfig
 
@@ -97,7 +98,7 @@ def test_the_table_says_what_a_plain_computation_says(run, output):
 
 
 def test_the_chosen_or_any_sae_means_the_same_to_saelens(run, output):
-    sae_lens = pytest.importorskip("sae_lens")
+    sae_lens = foreign("sae_lens")
     from sae_lens.evals import ExplainedVarianceCalculator
 
     store = Store(stage_of(output, "store"))

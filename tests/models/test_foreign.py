@@ -1,13 +1,12 @@
 """Each site by SAELens' own loader of Hugging Face models and by TransformerLens, against ModelHost."""
 
-import importlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from outside import foreign
 from test_host import BLOCKS, CONFIGS, _batch, _host
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,10 +17,6 @@ from raysae.models.resolvers import find_layout
 from raysae.models.sites import all_sites, parse_site
 
 PLAIN_MLP = ("gpt2", "gpt_neo", "gptj", "phi")
-
-
-def foreign(name: str) -> Any:
-    return importlib.import_module(name) if os.environ.get("CI") == "true" else pytest.importorskip(name)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

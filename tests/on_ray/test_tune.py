@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+from outside import foreign
 import torch
 
 from raysae.on_ray import tune
@@ -142,7 +143,7 @@ def test_no_secret_goes_through_rays_log_to_a_trial(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_key_of_weights_and_biases_is_handed_on_only_to_another_cluster(ours, monkeypatch, tmp_path):
-    wandb = pytest.importorskip("ray.air.integrations.wandb")
+    wandb = foreign("ray.air.integrations.wandb")
     seen = []
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)

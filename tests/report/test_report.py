@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from browser import CHROMIUM, visit
+from browser import visit
 
 from raysae.errors import UserError
 from raysae.report import figures, page, write_report
@@ -569,7 +569,6 @@ def test_numbers_read_as_people_write_them() -> None:
     assert interval("l0", 1.0, None) == "" and interval("ce_delta", -0.01, 0.02) == "[−0.0100, 0.0200]"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found")
 def test_in_a_browser_headers_sort_the_filter_filters_and_marks_light_up(
     tmp_path: Path, html: str, table: pd.DataFrame
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from browser import CHROMIUM, visit
+from browser import visit
 from test_report import Page, synthetic_decision, synthetic_run, synthetic_table
 
 from raysae.report import sae_page, write_report
@@ -175,10 +175,7 @@ def test_a_page_too_large_shows_fewer_contexts_and_says_so(tmp_path, table, monk
 # ----------------------------------------------------------------------------------------------------------------------
 # In a browser
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found")
 
-
-@needs_chromium
 def test_the_browser_sees_errors_and_requests(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text('<!doctype html><title>x</title><img src="http://x.invalid/i.png">')
@@ -186,7 +183,6 @@ def test_the_browser_sees_errors_and_requests(tmp_path):
     assert "TypeError" in seen.console[0] and seen.asked == ["http://x.invalid/i.png"]
 
 
-@needs_chromium
 def test_in_a_browser_the_table_sorts_and_leads_to_the_chosen_sae_s_page(run, chosen, table, tmp_path):
     click = """
     [...document.querySelectorAll("#saes thead button")].find(button => button.textContent === "FVU").click();
@@ -200,7 +196,6 @@ def test_in_a_browser_the_table_sorts_and_leads_to_the_chosen_sae_s_page(run, ch
     assert seen.console == [] and seen.asked == []
 
 
-@needs_chromium
 def test_in_a_browser_the_list_sorts_searches_and_opens_a_card_with_its_contexts(chosen, tmp_path):
     act = """
     const head = name => [...document.querySelectorAll("#latents thead button")].find(b => b.textContent === name);
@@ -237,7 +232,6 @@ def test_in_a_browser_the_list_sorts_searches_and_opens_a_card_with_its_contexts
     assert "<img" not in card and seen.console == [] and seen.asked == []
 
 
-@needs_chromium
 def test_a_card_can_be_linked_and_a_dead_latent_says_so(chosen, tmp_path):
     keys = """document.getElementById("card").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft" }));"""
     dead = visit(chosen, tmp_path, fragment=f"#latent-{LATENTS - 1}")

@@ -1,10 +1,6 @@
 """SAEs of every architecture with parameters away from their start, for the tests of formats."""
 
-import importlib
-import os
-from types import ModuleType
 
-import pytest
 import torch
 from helpers import sparse_rows
 
@@ -55,9 +51,3 @@ def assert_same(f, x_hat, f_wanted, x_hat_wanted):
     torch.testing.assert_close(f, f_wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x_hat, x_hat_wanted, atol=1e-5 * float(X.norm(dim=1).mean()), rtol=1e-5)
     assert torch.equal((f != 0).sum(1), (f_wanted != 0).sum(1)) and (f_wanted != 0).any()
-
-
-def foreign(name: str) -> ModuleType:
-    """A foreign library; where it is absent the test is skipped, but not in CI."""
-    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # sparsify's Triton decoder cannot run on a CPU
-    return importlib.import_module(name) if os.environ.get("CI") == "true" else pytest.importorskip(name)

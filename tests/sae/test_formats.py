@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from format_examples import CONFIGS, METADATA, SCALE, D, F, X, folded, foreign, parameters_of
+from format_examples import CONFIGS, METADATA, SCALE, D, F, X, folded, parameters_of
+from outside import foreign
 from safetensors.torch import load_file, save_file
 
 from raysae.errors import UserError

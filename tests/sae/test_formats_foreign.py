@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from format_examples import CONFIGS, METADATA, SCALE, D, F, X, assert_same, folded, foreign, unfolded
+from format_examples import CONFIGS, METADATA, SCALE, D, F, X, assert_same, folded, unfolded
+from outside import foreign
 from safetensors.torch import load_file, save_file
 
 from raysae.errors import UserError
