@@ -11,8 +11,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 sweep: $(VENV)/.run  ## find an SAE for the embedded model; no downloads but packages
 	$(BIN)/python jobs/sweep_sae.py --config configs/quickstart.yaml $(ARGS)
 
-test: $(VENV)/.dev  ## the whole test suite, two tests at a time
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: $(VENV)/.dev  ## the whole test suite, two tests at a time; names the slowest
+	$(BIN)/python -m pytest -n 2 --durations=15 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
