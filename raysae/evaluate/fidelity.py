@@ -10,34 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raysae.activations.store import Store
 from raysae.data.tokens import MicroBatch, TokenBlock, micro_batches
+from raysae.evaluate.rows import ROW_SUMS, count, row_sums, write_sums
+from raysae.evaluate.rows import done as done
 from raysae.evaluate.statistics import Bootstrap, effective_groups, intervals
-from raysae.files import write_atomic, write_json
 from raysae.models import host as edits
 from raysae.models.host import ModelHost
 from raysae.sae.formats import load, load_tensors
-from raysae.sae.metrics import SCALARS, Rows, RowSums
+from raysae.sae.metrics import SCALARS, RowSums
 from raysae.sae.sae import SAE
 
-ROWS_AT_ONCE = 8192
 LOGITS_AT_ONCE = 1 << 26  # elements of [tokens, vocab] held at once: 256 MiB in float32
-NORM_ROWS = 20_000
-"""Training rows, at most, that say which norms are usual."""
-OUTLYING_MADS, OUTLYING_RATIO = 6.0, 3.0
-"""A row is an outlier in norm if it is so many robust standard deviations (1.4826 MAD of log-norms) above the median, and
-so many times the median: however many such rows there are, below half of all (Leys et al. 2013)."""
-ROW_SUMS = ("rows", *SCALARS, "usual", "usual_error", "usual_shifted")
 RECOVERED = {"ce_loss_recovered": "ce_zero_gap", "ce_recovered_mean": "ce_mean_gap"}
 """Shares of a loss, and the loss: they are nan unless its whole interval is above 0."""
 SPLICED = ("nll_spliced", "kl_spliced")
@@ -63,94 +56,13 @@ class Measurement:
 
 
 def measure_block(host: ModelHost, block: TokenBlock, task: Measurement) -> dict[str, Any]:
-    """Write the sums of one block below `task.root`: `<block>.parquet` by (sae_id, group), and `<block>.safetensors`.
-
-    Facts last, in `<block>.json`: a block that has them is done.
-    """
+    """Write the sums of one block below `task.root`: those of its rows, and by group those of its scored tokens."""
     store = Store(task.store)
     saes = {sae_id: load(path).to(host.device) for sae_id, path in task.saes}
     scores = _score(host, block, store, saes, task)
-    frames: list[pd.DataFrame] = []
-    vectors: dict[str, Tensor] = {}
-    for sae_id, (sums, by_group) in row_sums(saes, store, task.site, block.name).items():
-        frame = by_group.join(scores[sae_id], how="outer").fillna(0.0)
-        frames.append(frame.rename_axis("group").reset_index().assign(sae_id=sae_id))
-        vectors |= {f"{sae_id}.shifted": sums.shifted, f"{sae_id}.residual": sums.residual}
-        if sums.firings is not None:
-            vectors[f"{sae_id}.firings"] = sums.firings
-    task.root.mkdir(parents=True, exist_ok=True)
-    table = pd.concat(frames, ignore_index=True)
-    write_atomic(task.root / f"{block.name}.parquet", lambda path: table.to_parquet(path, index=False))
-    write_atomic(task.root / f"{block.name}.safetensors", lambda path: save_file(vectors, path))
-    facts = {"name": block.name, "rows": block.rows}
-    write_json(task.root / f"{block.name}.json", facts)
-    return facts
-
-
-def done(root: Path, name: str) -> bool:
-    """Whether the block of this name has been measured below `root`."""
-    return (root / f"{name}.json").exists()
-
-
-class Usual(NamedTuple):
-    """Which rows of a site are of usual norm: those within `limit` of `centre`."""
-
-    centre: Tensor
-    """Median of each dimension [d_in], which rows of huge norm do not move; norms are taken about it."""
-    limit: float
-    mean: Tensor
-    """Of such rows [d_in], float64."""
-
-    def of(self, x: Tensor) -> Tensor:
-        """Which rows x [n, d_in] are: [n] bool."""
-        return (x.float() - self.centre.to(x.device)).norm(dim=1) <= self.limit
-
-
-@lru_cache(maxsize=64)
-def usual_rows(store: Path, site: str) -> Usual:
-    """By up to NORM_ROWS training rows of a store's site; of its test rows where all of it is held out."""
-    opened = Store(store)
-    x = opened.head(site, "train" if opened.rows("train") else "test", NORM_ROWS).float()
-    centre = x.median(0).values
-    norm = (x - centre).norm(dim=1).double()
-    middle = norm.median()
-    if middle <= 0:  # most rows are one and the same: no norm is unusual
-        return Usual(centre, math.inf, x.double().mean(0))
-    spread = 1.4826 * (norm / middle).clamp_min(1e-30).log().abs().median()
-    limit = float(middle * (OUTLYING_MADS * spread).exp().clamp_min(OUTLYING_RATIO))
-    return Usual(centre, limit, x[norm <= limit].double().mean(0))
-
-
-def row_sums(saes: Mapping[str, SAE], store: Store, site: str, name: str) -> dict[str, tuple[RowSums, pd.DataFrame]]:
-    """By sae_id: sums over one shard's rows, in all, and by group (index group, columns ROW_SUMS).
-
-    usual, usual_error, usual_shifted: number, Σ‖x - x̂‖² and Σ‖x - mean of usual rows‖² of those of usual norm.
-    """
-    x, shift, norms = store.shard(site, name), store.mean(site), usual_rows(store.path, site)
-    groups = store.row_columns(name, ("group",))["group"].to_pandas()
-    codes, names = pd.factorize(groups, sort=True)
-    device = next(iter(saes.values())).parameters["b_dec"].device
-    sums = {sae_id: RowSums(shift) for sae_id in saes}
-    by_group = {sae_id: {column: np.zeros(len(names)) for column in ROW_SUMS} for sae_id in saes}
-    for start in range(0, x.shape[0], ROWS_AT_ONCE):
-        part = codes[start : start + ROWS_AT_ONCE]
-        rows = Rows(x[start : start + ROWS_AT_ONCE].to(device, torch.float32), shift)
-        usual = norms.of(rows.x)
-        alike = {"rows": torch.ones(len(part)), "usual": usual}
-        alike["usual_shifted"] = (rows.x64 - norms.mean.to(rows.x64)).square().sum(1) * usual
-        for sae_id, sae in saes.items():
-            x_hat, f = sae.reconstruct(rows.x)
-            terms = sums[sae_id].add(rows, x_hat, f)
-            terms["usual_error"] = terms["squared_error"].where(usual, 0)
-            _count(by_group[sae_id], {**alike, **terms}, part)
-    index = pd.Index(names)
-    return {i: (sums[i], pd.DataFrame(by_group[i], index=index)) for i in saes}
-
-
-def _count(sums: dict[str, np.ndarray], values: Mapping[str, Tensor], codes: np.ndarray) -> None:
-    """Add values [n] to the sums of their groups."""
-    for name, value in values.items():
-        sums[name] += np.bincount(codes, weights=value.double().cpu().numpy(), minlength=len(sums[name]))
+    sums = row_sums(saes, store, task.site, block.name)
+    scored = {i: (of_rows, by.join(scores[i], how="outer").fillna(0.0)) for i, (of_rows, by) in sums.items()}
+    return write_sums(task.root, block.name, block.rows, scored)
 
 
 def _score(
@@ -175,12 +87,12 @@ def _score(
         logits, start = host.run(batch.input_ids, batch.attention_mask, [below] if below else [])
         clean = _Clean(logits, pairs, batch.input_ids[:, 1:][pairs])
         run = partial(host.logits, batch.input_ids, batch.attention_mask, start=start)
-        _count(shared, {"scored": torch.ones(len(codes)), "nll_clean": clean.nll}, codes)
+        count(shared, {"scored": torch.ones(len(codes)), "nll_clean": clean.nll}, codes)
         for name, edit in (("zero", edits.zero(batch.mask)), ("mean", edits.mean(mean, batch.mask))):
-            _count(shared, clean.compare(name, run({task.site: edit})), codes)
+            count(shared, clean.compare(name, run({task.site: edit})), codes)
         for sae_id, sae in saes.items():
             splice = edits.splice(sae, batch.mask)
-            _count(own[sae_id], clean.compare("spliced", run({task.site: splice})), codes)
+            count(own[sae_id], clean.compare("spliced", run({task.site: splice})), codes)
     return {sae_id: pd.DataFrame({**shared, **own[sae_id]}, index=pd.Index(names)) for sae_id in saes}
 
 
@@ -236,13 +148,13 @@ def collect(root: Path, names: Sequence[str], shift: Tensor, bootstrap: Bootstra
             setattr(sums, column, float(total[column]))
         for name in ("shifted", "residual", "firings"):
             setattr(sums, name, torch.stack(vectors[f"{sae_id}.{name}"]).sum(0))
-        metrics = {**sums.metrics(), **_top_norms(total), **_score_metrics(total)}
+        metrics = {**sums.metrics(), **_top_norms(total), **(_score_metrics(total) if "scored" in total else {})}
         metrics |= {"effective_latents": effective_latents(sums.firings)}
         metrics |= {"n_rows": sums.rows, **_group_counts(by_group)}
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
         metrics |= _intervals(by_group, exact, bootstrap)
         for recovered, gap in RECOVERED.items():
-            if not metrics[f"{gap}_low"] > 0:
+            if recovered in metrics and not metrics[f"{gap}_low"] > 0:
                 metrics |= dict.fromkeys((recovered, f"{recovered}_low", f"{recovered}_high"), math.nan)
         found[sae_id] = metrics
     return found
@@ -257,10 +169,11 @@ def effective_latents(firings: Tensor | None) -> float:
 
 
 def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """By sae_id: sums over the blocks (index group, columns ROW_SUMS and SCORE_SUMS)."""
+    """By sae_id: sums over the blocks (index group, columns ROW_SUMS and, where a model scored, SCORE_SUMS)."""
     table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
+    columns = [name for name in (*ROW_SUMS, *SCORE_SUMS) if name in table]
     return {
-        str(sae_id): rows.groupby("group", sort=True)[[*ROW_SUMS, *SCORE_SUMS]].sum()
+        str(sae_id): rows.groupby("group", sort=True)[columns].sum()
         for sae_id, rows in table.groupby("sae_id", sort=False)
     }
 
@@ -269,6 +182,8 @@ def _group_counts(by_group: pd.DataFrame) -> dict[str, float]:
     """How many groups row metrics and those of the model rest on, and as how many of equal size these count."""
     found: dict[str, float] = {}
     for counted, name in (("rows", "groups"), ("scored", "scored_groups")):
+        if counted not in by_group:
+            continue
         sizes = by_group[counted].to_numpy()
         found |= {f"n_{name}": int((sizes > 0).sum()), f"effective_{name}": effective_groups(sizes)}
     return found
@@ -277,7 +192,7 @@ def _group_counts(by_group: pd.DataFrame) -> dict[str, float]:
 def _intervals(by_group: pd.DataFrame, exact: float, bootstrap: Bootstrap) -> dict[str, float]:
     """`<metric>_low` and `<metric>_high` of `_ranked`, from an SAE's `group_sums`; exact as in `_ranked`."""
     found: dict[str, float] = {}
-    for counted in ("rows", "scored"):
+    for counted in (name for name in ("rows", "scored") if name in by_group):
         names = [name for name in _ranked(exact) if counted_by(name) == counted]
         behind = by_group[by_group[counted] > 0]
         ends = intervals(behind.to_numpy(), values_of(names, exact, by_group.columns), bootstrap)
@@ -330,7 +245,8 @@ class Paired:
         if a not in self.sums or b not in self.sums or not self.sums[a].index.equals(self.sums[b].index):
             return None
         both = [self.sums[i].to_numpy() for i in (a, b)]
-        metrics = [values_of(names := list(_ranked(1.0)), self.exact[i], self.sums[i].columns) for i in (a, b)]
+        names = [name for name in _ranked(1.0) if counted_by(name) in self.sums[a]]
+        metrics = [values_of(names, self.exact[i], self.sums[i].columns) for i in (a, b)]
 
         def values(totals: np.ndarray) -> np.ndarray:
             halves = np.split(totals, [both[0].shape[1]], axis=1)

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from raysae.data.records import Problem
-from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS, group_sums
+from raysae.evaluate.fidelity import SCORE_SUMS, group_sums
+from raysae.evaluate.rows import ROW_SUMS
 from raysae.evaluate.statistics import Bootstrap, intervals
 
 AXES = ("dataset", "stratum")

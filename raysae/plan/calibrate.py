@@ -22,6 +22,7 @@ from raysae.activations.store import Store
 from raysae.artifacts import MANIFEST, size_of
 from raysae.data.tokens import TokenBlock, read_block
 from raysae.evaluate import fidelity
+from raysae.evaluate.rows import row_sums
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import write_json
 from raysae.models.host import ModelHost
@@ -102,8 +103,8 @@ class HostWork:
         for i, (site, config) in enumerate(self.saes):
             formats.save(untrained(config, input_scale(store, site)), self.root / "saes" / str(i))
             sae = formats.load(self.root / "saes" / str(i)).to(host.device)
-            fidelity.row_sums({"sae": sae}, store, site, block.name)
-            rows.append(seconds_of(partial(fidelity.row_sums, {"sae": sae}, store, site, block.name)) / block.rows)
+            row_sums({"sae": sae}, store, site, block.name)
+            rows.append(seconds_of(partial(row_sums, {"sae": sae}, store, site, block.name)) / block.rows)
         site = self.saes[0][0]
 
         def measure(count: int) -> float:

@@ -12,18 +12,8 @@ from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.data.tokens import TokenBlock
 from raysae.evaluate import fidelity, stability
-from raysae.evaluate.fidelity import (
-    ROW_SUMS,
-    SCORE_SUMS,
-    Measurement,
-    Paired,
-    _ranked,
-    collect,
-    done,
-    measure_block,
-    row_sums,
-    values_of,
-)
+from raysae.evaluate.fidelity import SCORE_SUMS, Measurement, Paired, _ranked, collect, measure_block, values_of
+from raysae.evaluate.rows import ROW_SUMS, done, row_sums, usual_rows
 from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import write_json
 from raysae.gates.metrics import METRICS
@@ -295,7 +285,7 @@ def rows_of_norm(share, factor, rows=3000):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.25])
 def test_fvu_without_the_rows_of_huge_norm_does_not_depend_on_how_many_there_are(tmp_path, monkeypatch, share):
     """The SAE reconstructs the huge rows alone. FVU falls with their number; without them it is 1, as it should be."""
-    monkeypatch.setattr(fidelity, "ROWS_AT_ONCE", 700)
+    monkeypatch.setattr("raysae.evaluate.rows.ROWS_AT_ONCE", 700)
     x, outlying = rows_of_norm(share, 250.0)
 
     class SinkOnly(SAE):
@@ -328,9 +318,10 @@ def test_norms_of_ordinary_rows_are_usual(tmp_path):
     wide = unit * torch.randn(4000, 1, generator=generator).mul(0.8).exp()
     for i, rows in enumerate((unit, wide, x + 50, same)):
         store = tiny_store(tmp_path / str(i), [("train", rows)], SITE)
-        assert fidelity.usual_rows(store.path, SITE).of(rows).all(), i
-    held_out = tiny_store(tmp_path / "held_out", [("test", unit)], SITE)  # a dataset to transfer to has no training rows
-    assert fidelity.usual_rows(held_out.path, SITE).of(unit).all()
+        assert usual_rows(store, SITE).of(rows).all(), i
+    # A dataset to transfer to has no training rows.
+    held_out = tiny_store(tmp_path / "held_out", [("test", unit)], SITE)
+    assert usual_rows(held_out, SITE).of(unit).all()
 
 
 def test_effective_latents_count_those_that_share_the_firings():

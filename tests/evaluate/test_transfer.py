@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from raysae.evaluate import transfer
-from raysae.evaluate.fidelity import ROW_SUMS, SCORE_SUMS
+from raysae.evaluate.fidelity import SCORE_SUMS
+from raysae.evaluate.rows import ROW_SUMS
 from raysae.evaluate.statistics import Bootstrap
 
 
