@@ -34,13 +34,12 @@ from torch import Tensor
 
 from raysae.activations.store import Store
 from raysae.data.labels import LABELS, label_rows
-from raysae.data.records import Problem, read_records
+from raysae.data.records import Problem
 from raysae.evaluate import purity
 from raysae.evaluate.contexts import Texts
 from raysae.evaluate.nulls import random_sae
 from raysae.evaluate.scan import KINDS, Contexts, Scan, Settings, Source, read_contexts, scan_rows
 from raysae.files import plain, write_atomic, write_json
-from raysae.sae import formats
 from raysae.sae.metrics import DENSE_ABOVE
 from raysae.sae.sae import SAE
 
@@ -54,17 +53,24 @@ class Features(NamedTuple):
     cards: Iterator[dict[str, Any]]
 
 
-def measure(
-    sae: SAE, store: Store, site: str, split: str, files: Mapping[str, Path], decode: Callable[[list[int]], str],
-    problems: Sequence[Problem], settings: Settings,
-) -> Features:  # fmt: skip
-    """Features of an SAE over a split. files: the token block of each shard by its name; decode: ids to text.
+class Corpus(NamedTuple):
+    """A store, and what its rows are in words."""
 
-    UserError where the split is empty, or tokens or records are not the store's.
-    """
+    store: Store
+    site: str
+    files: Mapping[str, Path]
+    """The token block of each shard, by its name."""
+    decode: Callable[[list[int]], str]
+    """Token ids to text."""
+    problems: Sequence[Problem]
+
+
+def measure(sae: SAE, corpus: Corpus, split: str, settings: Settings) -> Features:
+    """Features of an SAE over a split; UserError where it is empty, or tokens or records are not the store's."""
+    store, site = corpus.store, corpus.site
     source = Source.of(store, site, split, settings.rows)
-    rows, texts = source.rows, Texts(store, source.names, files)
-    labels = _labels(texts, rows, problems)
+    rows, texts = source.rows, Texts(store, source.names, corpus.files)
+    labels = _labels(texts, rows, corpus.problems)
     scan = scan_rows(sae, source, texts, settings)
     chance = {
         "token_agreement_null": purity.chance_agreement(texts.ids[texts.token_of_row[:rows]]),
@@ -91,19 +97,7 @@ def measure(
         "untrained": _untrained_means(random_sae(sae, store, site, settings.seed), source, texts, labels, chance, settings),
         "settings": settings.plain(),
     }  # fmt: skip
-    return Features(frame, summary, cards(frame, scan, contexts, texts, decode))
-
-
-def build(
-    directory: Path, sae_id: str, sae_path: Path, store_path: Path, site: str, split: str, files: Mapping[str, Path],
-    decode: Callable[[list[int]], str], records: Path, settings: Settings,
-) -> int:  # fmt: skip
-    """`measure` the SAE in a directory and `write` what was found; the number of rows that were counted."""
-    found = measure(
-        formats.load(sae_path), Store(store_path), site, split, files, decode, read_records(records), settings
-    )
-    write(directory, found, sae_id=sae_id)
-    return int(found.summary["rows"])
+    return Features(frame, summary, cards(frame, scan, contexts, texts, corpus.decode))
 
 
 def write(directory: Path, features: Features, **about: Any) -> None:

@@ -51,6 +51,11 @@ class Fit:
     cs: list[float]
     converged: list[bool]
 
+    @property
+    def c(self) -> float | None:
+        """The median C over the folds; None where nothing was fitted."""
+        return float(np.median(self.cs)) if self.cs else None
+
 
 @dataclass(frozen=True)
 class Scored:

@@ -276,83 +276,126 @@ def shuffled(labels: np.ndarray, rows: pd.DataFrame, seed: int) -> np.ndarray:
 # One label
 
 
+class Shared(NamedTuple):
+    """What all probes of a label have in common, so that any two scores can be subtracted resample by resample."""
+
+    groups: np.ndarray  # int [n] codes
+    fold: np.ndarray  # int [n]
+    weights: np.ndarray  # [1 + resamples, groups]
+    settings: Settings
+
+
+class Probed(NamedTuple):
+    """One probe of a label."""
+
+    name: str
+    """Of its input."""
+    k: int | None
+    """Columns that it reads; None for all."""
+    x: Any
+    """The input [n, d]; None for the majority."""
+    fit: Fit
+    scored: Scored
+
+    @property
+    def kind(self) -> str:
+        return "dense" if self.k is None else f"k={self.k}"
+
+
 def probe_label(
     inputs: dict[str, Any], rows: pd.DataFrame, classes: list[str], problems: Sequence[Problem], settings: Settings
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """All probes of one label on one set of rows: the table, and sizes, gaps, leakage checks and the largest effects."""
     y = pd.Categorical(rows["label"], categories=classes).codes.astype(np.int64)
     groups = pd.factorize(rows["group"])[0]
-    fold = group_folds(groups, settings.folds)
     weights = group_weights(groups.max() + 1, settings.bootstrap, settings.seed)
-    control = control_task(rows["token_id"].to_numpy(), y, settings.seed)
-    by_heart = all(len(np.unique(control[fold != f])) > 1 for f in np.unique(fold))  # else there are too few word types
-    scored: dict[tuple[str, str], Scored] = {}
-    table = []
-
-    def fitted(x: Any, truth: np.ndarray, k: int | None, settings: Settings = settings) -> tuple[Fit, Scored]:
-        fit = cross_validate(x, truth, groups, fold, settings, k)
-        return fit, score(fit, truth, groups, fold, weights)
-
-    def add(name: str, kind: str, x: Any, fit: Fit, done: Scored) -> None:
-        scored[name, kind] = done
-        total = done.confusion.sum(0)
-        entry: dict[str, Any] = {"input": name, "probe": kind, "status": "measured"}
-        for metric, values in done.values.items():
-            entry |= _with_interval(metric, values, settings)
-        if by_heart and x is not None and name != "shuffled":
-            same_c = replace(settings, cs=(float(np.median(fit.cs)),))
-            learnt = fitted(x, control, kinds[kind], same_c)[1].values["macro_f1"]
-            entry |= _with_interval("control_f1", learnt, settings)
-            entry |= _with_interval("selectivity", done.values["macro_f1"] - learnt, settings)
-        often = pd.Series([column for fold in fit.columns for column in fold], dtype=int).value_counts()
-        entry |= {
-            "accuracy": float(total.trace() / total.sum()),
-            "recall": recall(total).tolist(),  # by class
-            "columns": often.index[: len(fit.columns[0])].tolist() if fit.columns else None,  # chosen by most folds
-            "c": float(np.median(fit.cs)) if fit.cs else None,
-            "not_converged": sum(not c for c in fit.converged),
-            "n_columns": x.shape[1] if x is not None else 0,
-            "l0": x.nnz / x.shape[0] if sparse.issparse(x) else None,
-        }
+    shared = Shared(groups, group_folds(groups, settings.folds), weights, settings)
+    probes = probe_inputs(inputs, y, rows, shared)
+    task = control_task(rows["token_id"].to_numpy(), y, settings.seed)
+    by_heart = all(len(np.unique(task[shared.fold != f])) > 1 for f in np.unique(shared.fold))  # else too few word types
+    table: list[dict[str, Any]] = []
+    for probe in probes:
+        entry = _entry(probe, settings)
+        if by_heart and probe.name not in ("majority", "shuffled"):
+            entry |= _selectivity(probe, task, shared)
         table.append(entry)
-
-    kinds = {"dense": None} | {f"k={k}": k for k in settings.ks}
-    guess = majority(y, fold)
-    add("majority", "dense", None, guess, score(guess, y, groups, fold, weights))
-    controls = [shuffled(y, rows, settings.seed + i) for i in range(SHUFFLES)]
-    for kind, k in kinds.items():
-        fit, first = fitted(inputs["sae"], controls[0], k)
-        same_c = replace(settings, cs=(float(np.median(fit.cs)),))
-        others = [fitted(inputs["sae"], control, k, same_c)[1] for control in controls[1:]]
-        add("shuffled", kind, inputs["sae"], fit, _mean([first, *others]))
-    for name, x in inputs.items():
-        for kind, k in kinds.items():
-            if name not in SURFACE or kind == "dense":
-                add(name, kind, x, *fitted(x, y, k))
     if "untrained_model" not in inputs:
         table.append({"input": "untrained_model", "status": NOT_GIVEN})
-
-    gaps = {}
-    mine = scored["sae", "dense"]
-    for name in ("majority", *SURFACE, "raw", "random_sae", "untrained_model"):
-        if (name, "dense") in scored:
-            theirs = scored[name, "dense"]
-            gap = mine.values["macro_f1"] - theirs.values["macro_f1"]
-            p = _permutation_p(mine, theirs, len(classes), settings)
-            gaps[name] = {**_with_interval("macro_f1", gap, settings), "p": p}
+    dense = {probe.name: probe.scored for probe in probes if probe.k is None}
+    gaps = _gaps(dense, len(classes), settings)
     facts = {
         "n_rows": len(rows),
         "n_groups": weights.shape[1],
         "class_rows": np.bincount(y, minlength=len(classes)).tolist(),
         "gaps": gaps,
-        "leakage": leakage(scored, gaps, rows, fold, len(classes), problems, settings),
+        "leakage": leakage(dense["shuffled"], gaps, rows, shared.fold, len(classes), problems, settings),
         "effects": effects(inputs["sae"], y, groups, classes, settings),
     }
     return pd.DataFrame(table), facts
 
 
+def probe_inputs(inputs: dict[str, Any], y: np.ndarray, rows: pd.DataFrame, shared: Shared) -> list[Probed]:
+    """The majority, the latents with shuffled labels, and each input: dense, and those not of SURFACE on k columns."""
+    guess, ks = majority(y, shared.fold), (None, *shared.settings.ks)
+    probes = [Probed("majority", None, None, guess, score(guess, y, shared.groups, shared.fold, shared.weights))]
+    shuffles = [shuffled(y, rows, shared.settings.seed + i) for i in range(SHUFFLES)]
+    for k in ks:
+        fit, first = fit_and_score(inputs["sae"], shuffles[0], k, shared)
+        others = [fit_and_score(inputs["sae"], labels, k, shared, fit.c)[1] for labels in shuffles[1:]]
+        probes.append(Probed("shuffled", k, inputs["sae"], fit, _mean([first, *others])))
+    for name, x in inputs.items():
+        for k in ks if name not in SURFACE else ks[:1]:
+            probes.append(Probed(name, k, x, *fit_and_score(x, y, k, shared)))
+    return probes
+
+
+def fit_and_score(
+    x: Any, y: np.ndarray, k: int | None, shared: Shared, c: float | None = None
+) -> tuple[Fit, Scored]:
+    """A cross-validated probe of x [n, d] for labels y [n], with this C, or one that it chooses."""
+    settings = shared.settings if c is None else replace(shared.settings, cs=(c,))
+    fit = cross_validate(x, y, shared.groups, shared.fold, settings, k)
+    return fit, score(fit, y, shared.groups, shared.fold, shared.weights)
+
+
+def _entry(probe: Probed, settings: Settings) -> dict[str, Any]:
+    """A probe's row of the table."""
+    entry: dict[str, Any] = {"input": probe.name, "probe": probe.kind, "status": "measured"}
+    for metric, values in probe.scored.values.items():
+        entry |= _with_interval(metric, values, settings)
+    total, fit, x = probe.scored.confusion.sum(0), probe.fit, probe.x
+    often = pd.Series([column for fold in fit.columns for column in fold], dtype=int).value_counts()
+    return entry | {
+        "accuracy": float(total.trace() / total.sum()),
+        "recall": recall(total).tolist(),  # by class
+        "columns": often.index[: len(fit.columns[0])].tolist() if fit.columns else None,  # chosen by most folds
+        "c": fit.c,
+        "not_converged": sum(not c for c in fit.converged),
+        "n_columns": x.shape[1] if x is not None else 0,
+        "l0": x.nnz / x.shape[0] if sparse.issparse(x) else None,
+    }
+
+
+def _selectivity(probe: Probed, task: np.ndarray, shared: Shared) -> dict[str, float]:
+    """The probe's macro-F1 on a `control_task`, with its own C, and how much better it is on the label."""
+    learnt = fit_and_score(probe.x, task, probe.k, shared, probe.fit.c)[1].values["macro_f1"]
+    above = probe.scored.values["macro_f1"] - learnt
+    return _with_interval("control_f1", learnt, shared.settings) | _with_interval("selectivity", above, shared.settings)
+
+
+def _gaps(dense: dict[str, Scored], classes: int, settings: Settings) -> dict[str, dict[str, float]]:
+    """By baseline: macro-F1 of the latents' dense probe less the baseline's, its interval, and p."""
+    gaps = {}
+    for name in ("majority", *SURFACE, "raw", "random_sae", "untrained_model"):
+        if name in dense:
+            gap = dense["sae"].values["macro_f1"] - dense[name].values["macro_f1"]
+            p = _permutation_p(dense["sae"], dense[name], classes, settings)
+            gaps[name] = {**_with_interval("macro_f1", gap, settings), "p": p}
+    return gaps
+
+
 def leakage(
-    scored: dict[tuple[str, str], Scored], gaps: dict[str, Any], rows: pd.DataFrame, fold: np.ndarray, classes: int,
+    on_shuffled: Scored, gaps: dict[str, Any], rows: pd.DataFrame, fold: np.ndarray, classes: int,
     problems: Sequence[Problem], settings: Settings,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Reasons to distrust a score, each with its figures and a `flag`, empty where there is none.
@@ -361,7 +404,7 @@ def leakage(
     SAE's macro-F1 differs from the raw activations' by more than INFORMATION_GAP and its interval excludes 0. Of
     SURFACE: the SAE's probe is not clearly better than these alone.
     """
-    control = scored["shuffled", "dense"].values["balanced_accuracy"]
+    control = on_shuffled.values["balanced_accuracy"]
     above = control[0] > 1 / classes + CONTROL_ABOVE_CHANCE and interval(control, settings.confidence)[0] > 1 / classes
     crossing = duplicates_across_folds(rows["example_id"].to_numpy(), fold, problems)
     raw = gaps["raw"]

@@ -77,9 +77,8 @@ class World:
 
     def measure(self, settings: scan.Settings = SETTINGS, **changes) -> features.Features:
         given = {"sae": self.sae, "files": self.files, "problems": self.problems} | changes
-        return features.measure(
-            given["sae"], self.store, SITE, "validation", given["files"], self.decode, given["problems"], settings
-        )
+        corpus = features.Corpus(self.store, SITE, given["files"], self.decode, given["problems"])
+        return features.measure(given["sae"], corpus, "validation", settings)
 
 
 @pytest.fixture(scope="module")

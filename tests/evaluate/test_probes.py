@@ -79,7 +79,7 @@ def test_a_split_by_token_inflates_the_score_and_a_split_by_group_does_not():
         done = score(cross_validate(x, shuffled, groups, fold, QUICK), shuffled, groups, fold, weights)
         gap = {"macro_f1": 0.0, "macro_f1_low": -0.1, "macro_f1_high": 0.1}
         gaps = {"raw": gap, "token": gap}
-        found = probes.leakage({("shuffled", "dense"): done}, gaps, rows, fold, 2, problems, QUICK)
+        found = probes.leakage(done, gaps, rows, fold, 2, problems, QUICK)
         assert bool(found["control"]["flag"]) == bool(found["duplicates"]["flag"]) == leaks
 
 
