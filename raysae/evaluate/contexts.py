@@ -45,8 +45,8 @@ class Texts:
             if (at < 0).any() or not np.array_equal(ids[at], rows["token_id"]):
                 raise UserError(f"store: the rows of {name} are not the tokens of {files[name]}; capture again")
             codes = np.array([number.setdefault(example, len(number)) for example in block.example_ids])
-            made = (ids, position, codes[local], edges[part] + tokens, edges[part + 1] + tokens)
-            for key, values in zip(parts, made, strict=True):
+            columns = (ids, position, codes[local], edges[part] + tokens, edges[part + 1] + tokens)
+            for key, values in zip(parts, columns, strict=True):
                 parts[key].append(values)
             of_row.append(at + tokens)
             steps.append(rows["step"].to_numpy())
@@ -106,9 +106,9 @@ def _common(a: str, b: str) -> int:
 def _find(rows: pd.DataFrame, examples: pd.Index, local: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Where each row's (example_id, position) stands among a block's tokens; -1 where it does not."""
     width = max(int(position.max(initial=0)), int(rows["position"].max())) + 1
-    there = local.astype(np.int64) * width + position
+    known = local.astype(np.int64) * width + position
     code = examples.get_indexer(rows["example_id"].astype(str)).astype(np.int64)
     wanted = np.where(code < 0, -1, code * width + rows["position"].to_numpy())
-    order = np.argsort(there, kind="stable")
-    at = order[np.minimum(np.searchsorted(there[order], wanted), len(there) - 1)]
-    return np.where(there[at] == wanted, at, -1)
+    order = np.argsort(known, kind="stable")
+    at = order[np.minimum(np.searchsorted(known[order], wanted), len(known) - 1)]
+    return np.where(known[at] == wanted, at, -1)

@@ -34,9 +34,28 @@ LOGITS_AT_ONCE = 1 << 26  # elements of [tokens, vocab] held at once: 256 MiB in
 RECOVERED = {"ce_loss_recovered": "ce_zero_gap", "ce_recovered_mean": "ce_mean_gap"}
 """Shares of a loss, and the loss: they are nan unless its whole interval is above 0."""
 SPLICED = ("nll_spliced", "kl_spliced")
-OF_SCORES = {"ce_delta", "ce_zero_gap", "ce_mean_gap", "ce_loss_recovered", "ce_recovered_mean", "kl"}
-"""Metrics with an interval that rest on the scored tokens' groups, others on the rows'."""
 SCORE_SUMS = ("scored", "nll_clean", "nll_spliced", "nll_zero", "nll_mean", "kl_spliced", "kl_zero", "kl_mean")
+OF_ROWS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "fvu": lambda t: t.squared_error / t.squared_shifted,
+    "explained_variance": lambda t: 1 - t.squared_error / t.squared_shifted,
+    "l0": lambda t: t.active / t.rows,
+    "l1": lambda t: t.l1 / t.rows,
+    "l2_ratio": lambda t: t.l2_ratio / t.rows,
+    "relative_reconstruction_bias": lambda t: t.squared_norm_hat / t.inner_product,
+    "cosine": lambda t: t.cosine / t.rows,
+    "fvu_without_top_norms": lambda t: t.usual_error / t.usual_shifted,
+}
+"""Metrics with an interval that rest on the rows' groups, from totals (columns ROW_SUMS and SCORE_SUMS)."""
+OF_SCORES: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "ce_delta": lambda t: (t.nll_spliced - t.nll_clean) / t.scored,
+    "ce_zero_gap": lambda t: (t.nll_zero - t.nll_clean) / t.scored,
+    "ce_mean_gap": lambda t: (t.nll_mean - t.nll_clean) / t.scored,
+    "ce_loss_recovered": lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean),
+    "ce_recovered_mean": lambda t: (t.nll_mean - t.nll_spliced) / (t.nll_mean - t.nll_clean),
+    "kl": lambda t: t.kl_spliced / t.scored,
+}
+"""Those that rest on the scored tokens' groups."""
+RANKED = OF_ROWS | OF_SCORES
 
 
 @dataclass(frozen=True)
@@ -140,7 +159,7 @@ def collect(root: Path, names: Sequence[str], shift: Tensor, bootstrap: Bootstra
     for name in names:
         for key, value in load_tensors(root / f"{name}.safetensors").items():
             vectors.setdefault(key, []).append(value)
-    found = {}
+    by_sae = {}
     for sae_id, by_group in group_sums(root, names).items():
         total = by_group.sum()
         sums = RowSums(shift, rows=int(total["rows"]))
@@ -149,15 +168,14 @@ def collect(root: Path, names: Sequence[str], shift: Tensor, bootstrap: Bootstra
         for name in ("shifted", "residual", "firings"):
             setattr(sums, name, torch.stack(vectors[f"{sae_id}.{name}"]).sum(0))
         metrics = {**sums.metrics(), **_top_norms(total), **(_score_metrics(total) if "scored" in total else {})}
-        metrics |= {"effective_latents": effective_latents(sums.firings)}
-        metrics |= {"n_rows": sums.rows, **_group_counts(by_group)}
+        metrics |= {"effective_latents": effective_latents(sums.firings), "n_rows": sums.rows}
         exact = sums.total_variance / sums.squared_shifted if sums.squared_shifted > 0 else float("nan")
-        metrics |= _intervals(by_group, exact, bootstrap)
+        metrics |= _by_group(by_group, exact, bootstrap)
         for recovered, gap in RECOVERED.items():
             if recovered in metrics and not metrics[f"{gap}_low"] > 0:
                 metrics |= dict.fromkeys((recovered, f"{recovered}_low", f"{recovered}_high"), math.nan)
-        found[sae_id] = metrics
-    return found
+        by_sae[sae_id] = metrics
+    return by_sae
 
 
 def effective_latents(firings: Tensor | None) -> float:
@@ -178,41 +196,39 @@ def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     }
 
 
-def _group_counts(by_group: pd.DataFrame) -> dict[str, float]:
-    """How many groups row metrics and those of the model rest on, and as how many of equal size these count."""
-    found: dict[str, float] = {}
-    for counted, name in (("rows", "groups"), ("scored", "scored_groups")):
-        if counted not in by_group:
+def _by_group(by_group: pd.DataFrame, exact: float, bootstrap: Bootstrap) -> dict[str, float]:
+    """How many groups row metrics and those of the model rest on, as how many of equal size these count, and the ends of
+    the intervals over them, from an SAE's `group_sums`; exact as in `values_of`."""
+    counts: dict[str, float] = {}
+    ends: dict[str, float] = {}
+    for counted, groups, names in (("rows", "groups", OF_ROWS), ("scored", "scored_groups", OF_SCORES)):
+        if counted not in by_group:  # no model scored
             continue
-        sizes = by_group[counted].to_numpy()
-        found |= {f"n_{name}": int((sizes > 0).sum()), f"effective_{name}": effective_groups(sizes)}
-    return found
-
-
-def _intervals(by_group: pd.DataFrame, exact: float, bootstrap: Bootstrap) -> dict[str, float]:
-    """`<metric>_low` and `<metric>_high` of `_ranked`, from an SAE's `group_sums`; exact as in `_ranked`."""
-    found: dict[str, float] = {}
-    for counted in (name for name in ("rows", "scored") if name in by_group):
-        names = [name for name in _ranked(exact) if counted_by(name) == counted]
         behind = by_group[by_group[counted] > 0]
-        ends = intervals(behind.to_numpy(), values_of(names, exact, by_group.columns), bootstrap)
-        for name, low, high in zip(names, ends.low, ends.high, strict=True):
-            found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
-    return found
+        counts |= {f"n_{groups}": len(behind), f"effective_{groups}": effective_groups(behind[counted].to_numpy())}
+        of_names = intervals(behind.to_numpy(), values_of([*names], exact, by_group.columns), bootstrap)
+        for name, low, high in zip(names, of_names.low, of_names.high, strict=True):
+            ends |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return counts | ends
 
 
 def counted_by(name: str) -> str:
-    """The sum that counts what a metric of `_ranked` rests on: groups in which it is 0 say nothing of it."""
+    """The sum that counts what a metric of RANKED rests on: groups in which it is 0 say nothing of it."""
     return "scored" if name in OF_SCORES else "rows"
 
 
 def values_of(names: Sequence[str], exact: float, columns: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    """Metrics [n, names] of `_ranked` as a function of totals [n, columns]; exact as there."""
-    of = _ranked(exact)
+    """Metrics [n, names] of RANKED as a function of totals [n, columns].
+
+    `exact` is Σ‖x-μ‖² / Σ‖x-shift‖². The mean of the rows is taken as known in each resample; it moves FVU by far less
+    than the groups do.
+    """
 
     def values(totals: np.ndarray) -> np.ndarray:
         frame = pd.DataFrame(totals, columns=columns)
-        return np.stack([of[name](frame) for name in names], axis=1)
+        if "squared_shifted" in frame:
+            frame = frame.assign(squared_shifted=frame.squared_shifted * exact)
+        return np.stack([RANKED[name](frame) for name in names], axis=1)
 
     return values
 
@@ -237,24 +253,26 @@ class Paired:
         exact = {i: exact_share(by, metrics[i]["fvu"]) for i, by in sums.items()}
         return cls(sums, exact, bootstrap)
 
-    def difference(self, a: str, b: str, of: Callable[[pd.DataFrame], pd.Series]) -> tuple[float, float, float] | None:
-        """of(a) - of(b) with its interval; None where one of them has no such sums, or they are of other groups.
+    def difference(
+        self, a: str, b: str, score: Callable[[pd.DataFrame], pd.Series]
+    ) -> tuple[float, float, float] | None:
+        """score(a) - score(b) with its interval; None where one of them has no such sums, or they are of other groups.
 
-        of: a number from a table of the metrics with an interval, such as `lambda m: m.fvu` or `lambda m: np.log(m.l0)`.
+        score: a number from a table of the metrics with an interval, such as `lambda m: m.fvu` or `lambda m: np.log(m.l0)`.
         """
         if a not in self.sums or b not in self.sums or not self.sums[a].index.equals(self.sums[b].index):
             return None
         both = [self.sums[i].to_numpy() for i in (a, b)]
-        names = [name for name in _ranked(1.0) if counted_by(name) in self.sums[a]]
+        names = [name for name in RANKED if counted_by(name) in self.sums[a]]
         metrics = [values_of(names, self.exact[i], self.sums[i].columns) for i in (a, b)]
 
         def values(totals: np.ndarray) -> np.ndarray:
             halves = np.split(totals, [both[0].shape[1]], axis=1)
-            of_each = [of(pd.DataFrame(m(t), columns=names)) for m, t in zip(metrics, halves, strict=True)]
-            return (of_each[0] - of_each[1]).to_numpy()
+            one, other = (score(pd.DataFrame(m(t), columns=[*RANKED])) for m, t in zip(metrics, halves, strict=True))
+            return (one - other).to_numpy()
 
-        found = intervals(np.concatenate(both, axis=1), values, self.bootstrap)
-        value, low, high = (float(part[0]) for part in found)
+        ends = intervals(np.concatenate(both, axis=1), values, self.bootstrap)
+        value, low, high = (float(part[0]) for part in ends)
         return (value, low, high) if np.isfinite([value, low, high]).all() else None
 
 
@@ -305,28 +323,4 @@ def _score_metrics(total: pd.Series) -> dict[str, float]:
         "kl_zero": total["kl_zero"] / n,
         "kl_mean": total["kl_mean"] / n,
         "n_scored_tokens": int(total["scored"]),
-    }
-
-
-def _ranked(exact: float) -> dict[str, Callable[[pd.DataFrame], pd.Series]]:
-    """Each metric that has an interval, as a function of totals (columns ROW_SUMS and SCORE_SUMS).
-
-    `exact` is Σ‖x-μ‖² / Σ‖x-shift‖². The mean of the rows is taken as known in each resample; it moves FVU by far less
-    than the groups do.
-    """
-    return {
-        "fvu": lambda t: t.squared_error / (t.squared_shifted * exact),
-        "explained_variance": lambda t: 1 - t.squared_error / (t.squared_shifted * exact),
-        "l0": lambda t: t.active / t.rows,
-        "l1": lambda t: t.l1 / t.rows,
-        "l2_ratio": lambda t: t.l2_ratio / t.rows,
-        "relative_reconstruction_bias": lambda t: t.squared_norm_hat / t.inner_product,
-        "cosine": lambda t: t.cosine / t.rows,
-        "fvu_without_top_norms": lambda t: t.usual_error / t.usual_shifted,
-        "ce_delta": lambda t: (t.nll_spliced - t.nll_clean) / t.scored,
-        "ce_zero_gap": lambda t: (t.nll_zero - t.nll_clean) / t.scored,
-        "ce_mean_gap": lambda t: (t.nll_mean - t.nll_clean) / t.scored,
-        "ce_loss_recovered": lambda t: (t.nll_zero - t.nll_spliced) / (t.nll_zero - t.nll_clean),
-        "ce_recovered_mean": lambda t: (t.nll_mean - t.nll_spliced) / (t.nll_mean - t.nll_clean),
-        "kl": lambda t: t.kl_spliced / t.scored,
     }

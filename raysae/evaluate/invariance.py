@@ -51,12 +51,12 @@ def read_latents(host: ModelHost, block: TokenBlock, task: Reading) -> dict[str,
     for batch in micro_batches(block, task.tokens_per_forward):
         x = host.read(batch.input_ids, batch.attention_mask, (task.site,))[task.site]
         rows = x[batch.mask.to(x.device)].float()
-        of = torch.from_numpy(np.concatenate([block.example[i][block.loss_mask[i]] for i in batch.index])).to(x.device)
+        codes = torch.from_numpy(np.concatenate([block.example[i][block.loss_mask[i]] for i in batch.index])).to(x.device)
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            f, here = sae.encode(rows[start : start + ROWS_AT_ONCE]), of[start : start + ROWS_AT_ONCE]
-            total.index_add_(0, here, f)
-            firings.index_add_(0, here, (f != 0).float())
-            count.index_add_(0, here, torch.ones(len(f), device=x.device))
+            f, example = sae.encode(rows[start : start + ROWS_AT_ONCE]), codes[start : start + ROWS_AT_ONCE]
+            total.index_add_(0, example, f)
+            firings.index_add_(0, example, (f != 0).float())
+            count.index_add_(0, example, torch.ones(len(f), device=x.device))
     tensors = {"active": (firings > 0).cpu(), "mean": (total / count.clamp_min(1)[:, None]).cpu()}
     task.root.mkdir(parents=True, exist_ok=True)
     write_atomic(task.root / f"{block.name}.safetensors", lambda path: save_file(tensors, path))
@@ -110,11 +110,11 @@ def collect(latents: Path, tokens: Path, bootstrap: Bootstrap) -> dict[str, Any]
     active: dict[str, np.ndarray] = {}
     mean: dict[str, np.ndarray] = {}
     for entry in sampled["blocks"]:
-        block, found = read_block(tokens / entry["file"]), load_tensors(latents / f"{entry['name']}.safetensors")
+        block, of_block = read_block(tokens / entry["file"]), load_tensors(latents / f"{entry['name']}.safetensors")
         for sequence, example in zip(block.input_ids, block.example, strict=True):
             ids[block.example_ids[example[0]]] = tuple(sequence.tolist())
-        active |= dict(zip(block.example_ids, found["active"].numpy(), strict=True))
-        mean |= dict(zip(block.example_ids, found["mean"].double().numpy(), strict=True))
+        active |= dict(zip(block.example_ids, of_block["active"].numpy(), strict=True))
+        mean |= dict(zip(block.example_ids, of_block["mean"].double().numpy(), strict=True))
 
     kept = {name: stratum for name, stratum in sampled["strata"].items() if f"{name}#{ORIGINAL}" in ids}
     other = _partners(kept, bootstrap.seed)
@@ -163,8 +163,8 @@ def _means(values: np.ndarray, bootstrap: Bootstrap) -> dict[str, float | None]:
     """Mean of each of MEASURES [n, 6] over examples, with its bootstrap interval; None where there is none."""
     n = len(values)
     ends = intervals(values, lambda totals: totals / n, bootstrap) if n > 1 else None
-    found: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
     for k, name in enumerate(MEASURES):
         low, high = (float(ends.low[k]), float(ends.high[k])) if ends else (None, None)
-        found |= {name: float(values[:, k].mean()) if n else None, f"{name}_low": low, f"{name}_high": high}
-    return found
+        means |= {name: float(values[:, k].mean()) if n else None, f"{name}_low": low, f"{name}_high": high}
+    return means

@@ -160,8 +160,8 @@ def _choose_c(x: Any, y: np.ndarray, groups: np.ndarray, settings: Settings) -> 
         model = _regression(settings.cs[0], warm_start=True)
         for i, c in enumerate(settings.cs):
             model.set_params(C=c).fit(x[train], y[train])
-            found = confusion_matrix(y[held], model.predict(x[held]), labels=model.classes_)
-            total[i] += np.nanmean(recall(found))  # over the classes that the fold has
+            confusion = confusion_matrix(y[held], model.predict(x[held]), labels=model.classes_)
+            total[i] += np.nanmean(recall(confusion))  # over the classes that the fold has
     return settings.cs[int(total.argmax())]
 
 

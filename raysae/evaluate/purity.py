@@ -83,13 +83,12 @@ def silhouette(x: np.ndarray, strongest: np.ndarray, seed: int = 0) -> dict[str,
     """
     _, index, counts = np.unique(strongest, return_inverse=True, return_counts=True)
     kept = (counts[index] > 1) & (strongest >= 0) & (np.abs(x).sum(1) > 0)
-    found: dict[str, Any] = {"rows": int(kept.sum()), "latents": len(np.unique(strongest[kept]))}
-    if not 1 < found["latents"] < found["rows"]:
-        return {**found, "value": None, "null": None}
-    labels = strongest[kept]
-    mixed = np.random.default_rng(seed).permutation(labels)
-    value, null = (float(silhouette_score(x[kept], of, metric="cosine")) for of in (labels, mixed))
-    return {**found, "value": value, "null": null}
+    labels, value, null = strongest[kept], None, None
+    clusters = len(np.unique(labels))
+    if 1 < clusters < len(labels):
+        mixed = np.random.default_rng(seed).permutation(labels)
+        value, null = (float(silhouette_score(x[kept], each, metric="cosine")) for each in (labels, mixed))
+    return {"rows": len(labels), "latents": clusters, "value": value, "null": null}
 
 
 def nearest(directions: np.ndarray, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -128,10 +127,10 @@ def _mean(totals: np.ndarray) -> np.ndarray:
 
 def means(columns: dict[str, np.ndarray], bootstrap: Bootstrap) -> dict[str, dict[str, float]]:
     """By column [m]: `value`, its mean over the latents that have it; `low`, `high`, bootstrapped over them; their `n`."""
-    found = {}
+    by_column = {}
     for name, column in columns.items():
         known = column[np.isfinite(column)].astype(np.float64)
         ends = intervals(np.stack([known, np.ones(len(known))], 1), _mean, bootstrap)
         entry = {key: float(values[0]) for key, values in ends._asdict().items()}
-        found[name] = {**entry, "n": len(known)}
-    return found
+        by_column[name] = {**entry, "n": len(known)}
+    return by_column

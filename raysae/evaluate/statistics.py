@@ -78,7 +78,7 @@ def intervals(samples: np.ndarray | Sequence[np.ndarray], statistic: Statistic, 
         return values[0], np.sqrt(np.where(variance <= rounding, 0.0, variance))
 
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        value, error = (found[0] for found in measure([np.ones((1, len(part))) for part in parts]))
+        value, error = (of_all[0] for of_all in measure([np.ones((1, len(part))) for part in parts]))
         if min(map(len, parts)) < 2:
             return Intervals(value, *np.full((2, len(value)), np.nan))
         rngs = [np.random.default_rng(bootstrap.seed + i) for i in range(len(parts))]
@@ -86,8 +86,8 @@ def intervals(samples: np.ndarray | Sequence[np.ndarray], statistic: Statistic, 
         ts = []
         for start in range(0, bootstrap.resamples, at_once):
             n = min(at_once, bootstrap.resamples - start)
-            found, errors = measure([_draw(rng, len(part), n) for rng, part in zip(rngs, parts, strict=True)])
-            ts.append(np.where(found == value, 0.0, (found - value) / errors))
+            values, errors = measure([_draw(rng, len(part), n) for rng, part in zip(rngs, parts, strict=True)])
+            ts.append(np.where(values == value, 0.0, (values - value) / errors))
     tail = (1 - bootstrap.confidence) / 2
     t = np.quantile(np.concatenate(ts), [1 - tail, tail], axis=0, method="inverted_cdf")  # of inf too
     with np.errstate(invalid="ignore"):
@@ -118,8 +118,7 @@ def group_weights(groups: int, resamples: int, seed: int = 0) -> np.ndarray:
 
     Metrics computed from the same weights are paired: the interval of a difference is that of their differences.
     """
-    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
-    return np.concatenate([np.ones((1, groups)), drawn])
+    return np.concatenate([np.ones((1, groups)), _draw(np.random.default_rng(seed), groups, resamples)])
 
 
 def interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -152,11 +151,11 @@ def paired_permutation(
     def difference(one: np.ndarray, two: np.ndarray, axis: int) -> np.ndarray:  # of group numbers [..., groups]
         return statistic(both[one].sum(axis - 1)) - statistic(both[two].sum(axis - 1))
 
-    found = scipy.stats.permutation_test(
+    test = scipy.stats.permutation_test(
         (np.arange(groups), np.arange(groups) + groups), difference, permutation_type="samples", vectorized=True,
         n_resamples=permutations, batch=max(1, 4_000_000 // both.size), rng=np.random.default_rng(seed),
     )  # fmt: skip
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def cohens_d(x: Matrix, positive: np.ndarray) -> np.ndarray:
@@ -177,15 +176,15 @@ def cohens_d(x: Matrix, positive: np.ndarray) -> np.ndarray:
 
 def centred_ranks(x: Matrix) -> scipy.sparse.csc_matrix:
     """Ranks of each column of x [n, d], ties in the middle, less the rank of a zero: sparse where x is."""
-    found = scipy.sparse.csc_matrix(x, dtype=np.float64, copy=True)
-    found.eliminate_zeros()
-    for start, end in pairwise(found.indptr):
-        values = found.data[start:end]
-        below, zeros = (values < 0).sum(), found.shape[0] - len(values)
+    centred = scipy.sparse.csc_matrix(x, dtype=np.float64, copy=True)
+    centred.eliminate_zeros()
+    for start, end in pairwise(centred.indptr):
+        values = centred.data[start:end]
+        below, zeros = (values < 0).sum(), centred.shape[0] - len(values)
         of_zero = below + (zeros + 1) / 2
         ranks = scipy.stats.rankdata(values) + np.where(values > 0, zeros, 0)
-        found.data[start:end] = ranks - of_zero
-    return found
+        centred.data[start:end] = ranks - of_zero
+    return centred
 
 
 class RankScores:
@@ -226,10 +225,10 @@ class RankScores:
         return np.concatenate(largest)
 
 
-def family_wise_p(found: np.ndarray, largest: np.ndarray) -> np.ndarray:
-    """P that the largest statistic of shuffled labels is at least each of these; shape as found (Westfall & Young 1993).
+def family_wise_p(statistics: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """P that the largest of shuffled labels is at least each of these statistics, in their shape (Westfall & Young 1993).
 
     Of all that have p <= 0.05, any is a false one with probability 0.05 at most.
     """
-    above = len(largest) - np.searchsorted(np.sort(largest), found - 1e-9)
+    above = len(largest) - np.searchsorted(np.sort(largest), statistics - 1e-9)
     return (1 + above) / (1 + len(largest))

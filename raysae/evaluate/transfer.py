@@ -31,38 +31,38 @@ def compare(
     interval at home holds 0.
     """
     sums = [group_sums(root, names) for root, names, _ in (home, away)]
-    found: dict[str, dict[str, Any]] = {}
+    by_sae: dict[str, dict[str, Any]] = {}
     for sae_id in saes:
-        exact = [exact_share(by[sae_id], place[2][sae_id]["fvu"]) for by, place in zip(sums, (home, away), strict=True)]
-        found[sae_id] = {"n_rows": away[2][sae_id]["n_rows"], "n_groups": away[2][sae_id]["n_groups"]}
+        at_home, elsewhere = metrics = [of_place[sae_id] for _, _, of_place in (home, away)]
+        exact = [exact_share(by[sae_id], of_place["fvu"]) for by, of_place in zip(sums, metrics, strict=True)]
+        by_sae[sae_id] = {key: elsewhere[key] for key in ("n_rows", "n_groups")}
         for name in METRICS:
-            here, there = (place[2][sae_id] for place in (home, away))
             ratio = low = high = math.nan
-            if here[f"{name}_low"] > 0 or here[f"{name}_high"] < 0:
-                ratio = there[name] / here[name]
-                both = [by[sae_id][by[sae_id][counted_by(name)] > 0] for by in sums]
-                of = [values_of([name], e, part.columns) for e, part in zip(exact, both, strict=True)]
+            if at_home[f"{name}_low"] > 0 or at_home[f"{name}_high"] < 0:
+                ratio = elsewhere[name] / at_home[name]
+                parts = [by[sae_id][by[sae_id][counted_by(name)] > 0] for by in sums]
+                metric = [values_of([name], e, part.columns) for e, part in zip(exact, parts, strict=True)]
 
-                def values(totals: np.ndarray, of: Any = of, width: int = both[0].shape[1]) -> np.ndarray:
-                    return of[1](totals[:, width:]) / of[0](totals[:, :width])
+                def ratios(totals: np.ndarray, metric: Any = metric, width: int = parts[0].shape[1]) -> np.ndarray:
+                    return metric[1](totals[:, width:]) / metric[0](totals[:, :width])
 
-                found_ends = intervals([part.to_numpy() for part in both], values, bootstrap)
-                low, high = float(found_ends.low[0]), float(found_ends.high[0])
-            found[sae_id][name] = {
-                "home": here[name], "home_low": here[f"{name}_low"], "home_high": here[f"{name}_high"],
-                "away": there[name], "away_low": there[f"{name}_low"], "away_high": there[f"{name}_high"],
-                "ratio": ratio, "ratio_low": low, "ratio_high": high,
-            }  # fmt: skip
-    return found
+                ends = intervals([part.to_numpy() for part in parts], ratios, bootstrap)
+                low, high = float(ends.low[0]), float(ends.high[0])
+            by_sae[sae_id][name] = {
+                f"{place}{end}": values[f"{name}{end}"]
+                for place, values in (("home", at_home), ("away", elsewhere))
+                for end in ("", "_low", "_high")
+            } | {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+    return by_sae
 
 
-def over_seeds(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def over_seeds(by_sae: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """By metric: mean and standard deviation (n - 1) over the seeds of away and of the ratio; NaN for one seed, or where a
     seed has none."""
     return {
         name: {
             f"{kind}_{what}": float(
-                getattr(pd.Series([entry[name][kind] for entry in found.values()]), how)(skipna=False)
+                getattr(pd.Series([entry[name][kind] for entry in by_sae.values()]), how)(skipna=False)
             )
             for kind in ("away", "ratio")
             for what, how in (("mean", "mean"), ("sd", "std"))

@@ -12,7 +12,7 @@ from raysae.activations.capture import CaptureSettings, capture_block, finish
 from raysae.activations.store import Store
 from raysae.data.tokens import TokenBlock
 from raysae.evaluate import fidelity, stability
-from raysae.evaluate.fidelity import SCORE_SUMS, Measurement, Paired, _ranked, collect, measure_block, values_of
+from raysae.evaluate.fidelity import RANKED, SCORE_SUMS, Measurement, Paired, collect, measure_block, values_of
 from raysae.evaluate.rows import ROW_SUMS, done, row_sums, usual_rows
 from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import write_json
@@ -219,15 +219,15 @@ def test_sums_by_group_add_up_to_the_block(world):
 
 def test_intervals_hold_the_value_and_rest_on_the_same_formula(world):
     found = world.collect(*world.blocks)["relu"]
-    for name in _ranked(1.0):
+    for name in RANKED:
         assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
         assert found[f"{name}_low"] < found[f"{name}_high"]
     table = pd.concat([pd.read_parquet(world.task.root / f"{b.name}.parquet") for b in world.blocks])
     total = table[table["sae_id"] == "relu"].sum(numeric_only=True)
     x = torch.cat([world.store.shard(SITE, b.name) for b in world.blocks]).double()
     exact = (x - x.mean(0)).square().sum() / (x - world.store.mean(SITE)).square().sum()
-    for name, statistic in _ranked(exact.item()).items():
-        assert statistic(total) == pytest.approx(found[name], rel=1e-9), name
+    for name, value in zip(RANKED, values_of([*RANKED], exact.item(), total.index)(total.to_numpy()[None])[0], strict=True):
+        assert value == pytest.approx(found[name], rel=1e-9), name
     assert found["explained_variance_low"] == pytest.approx(1 - found["fvu_high"])
 
 
@@ -261,7 +261,7 @@ def test_every_metric_that_can_gate_has_an_interval():
     """But for facts, for the dead latents of training, and for those that need each latent's firings by group."""
     facts = {"d_in", "d_sae", "expansion_factor", "n_rows", "n_scored_tokens"}
     without = {"dead_fraction", "never_fired_fraction", "dense_fraction", "effective_latents"}
-    assert {*_ranked(1.0), "l0_fraction", "l0_per_dim", "l0_effective"} - {"ce_zero_gap", "ce_mean_gap"} == {
+    assert {*RANKED, "l0_fraction", "l0_per_dim", "l0_effective"} - {"ce_zero_gap", "ce_mean_gap"} == {
         *METRICS
     } - facts - without - {*stability.COLUMNS}
 
