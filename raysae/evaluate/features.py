@@ -77,11 +77,11 @@ def measure(sae: SAE, corpus: Corpus, split: str, settings: Settings) -> Feature
         "coherence_null": float(purity.pair_cosine(scan.unit_sum, np.array(rows))),
     }
     contexts = read_contexts(sae, source, texts, scan, settings)
-    table = _table(scan, rows) | _purity_columns(scan, source, texts, labels, settings) | chance
-    table |= _nearest_columns(sae.parameters["W_dec"], scan.active > 0)
-    frame = pd.DataFrame(table)
-
     alive = scan.active > 0
+    nearest, decoder = _neighbours(sae.parameters["W_dec"], alive, settings)
+    table = _table(scan, rows) | _purity_columns(scan, source, texts, labels, settings) | chance
+    frame = pd.DataFrame(table | nearest)
+
     summary = {
         "site": site, "split": split, "rows": rows, "latents": len(frame),
         "dead": int((~alive).sum()), "dead_fraction": float((~alive).mean()),
@@ -89,11 +89,11 @@ def measure(sae: SAE, corpus: Corpus, split: str, settings: Settings) -> Feature
         "density_histogram": density_histogram(scan.active, rows),
         "means": _means(frame, settings),
         "labels": {
-            kind: {"classes": classes, "base_rates": _rates(codes, len(classes))}
+            kind: {"classes": classes, "base_rates": (np.bincount(codes[codes >= 0]) / (codes >= 0).sum()).tolist()}
             for kind, (codes, classes) in labels.items()
         },
         "silhouette": purity.silhouette(scan.sample, scan.strongest, settings.seed),
-        "decoder": _decoder(frame, sae, alive, settings),
+        "decoder": decoder,
         "untrained": _untrained_means(random_sae(sae, store, site, settings.seed), source, texts, labels, chance, settings),
         "settings": settings.plain(),
     }  # fmt: skip
@@ -183,17 +183,17 @@ def _purity_columns(
     top = scan.rows["top"]
     examples = np.sort(np.where(top >= 0, texts.example[texts.token_of_row[top]], -1), axis=1)
     distinct = (np.diff(examples, axis=1, prepend=-1) != 0) & (examples >= 0)
-    found: dict[str, Any] = {"n_contexts": (top >= 0).sum(1), "n_examples": distinct.sum(1)}
+    columns: dict[str, Any] = {"n_contexts": (top >= 0).sum(1), "n_examples": distinct.sum(1)}
     for kind, suffix in zip(KINDS, ("", "_active"), strict=True):
         rows = scan.rows[kind]
         tokens = np.where(rows >= 0, texts.ids[texts.token_of_row[rows]], -1)
-        found[f"token_agreement{suffix}"] = purity.pair_agreement(tokens)
-        found[f"coherence{suffix}"] = purity.pair_cosine(source.directions(rows), (rows >= 0).sum(1))
+        columns[f"token_agreement{suffix}"] = purity.pair_agreement(tokens)
+        columns[f"coherence{suffix}"] = purity.pair_cosine(source.directions(rows), (rows >= 0).sum(1))
     for kind, (codes, classes) in labels.items():
         # A tie of contexts beyond the counted rows cannot be: contexts are chosen among these.
         of_top = purity.label_purity(np.where(top >= 0, codes[top], -1), codes, len(classes), settings.seed)
         names = np.array([*classes, None], dtype=object)
-        found |= {
+        columns |= {
             f"label_{kind}": names[of_top.mode],
             f"purity_{kind}": of_top.share,
             f"entropy_{kind}": of_top.entropy,
@@ -201,28 +201,24 @@ def _purity_columns(
             f"purity_{kind}_null": of_top.null,
             f"entropy_{kind}_null": of_top.null_entropy,
         }
-    return found
+    return columns
 
 
-def _nearest_columns(W_dec: Tensor, alive: np.ndarray) -> dict[str, np.ndarray]:
-    """Each firing latent's nearest other by the cosine of their decoder directions, and that cosine."""
-    ids = np.flatnonzero(alive)
-    found = {"nearest_latent": np.full(len(alive), -1), "nearest_cosine": np.full(len(alive), np.nan)}
-    found["_neighbours"] = np.full(len(alive), np.nan)
-    if len(ids) > 1:
+def _neighbours(
+    W_dec: Tensor, alive: np.ndarray, settings: Settings
+) -> tuple[dict[str, np.ndarray], dict[str, float | None]]:
+    """Each firing latent's nearest other by the cosine of their decoder directions, and that cosine, as columns; and the
+    mean cosine to its nearest ones, over the firing latents, beside that of random directions."""
+    ids, n = np.flatnonzero(alive), int(alive.sum())
+    which, cosine, mean = (np.full(len(alive), value) for value in (-1, np.nan, np.nan))
+    null = None
+    if n > 1:
         directions = torch.nn.functional.normalize(W_dec, dim=1).cpu().numpy()[ids]
-        which, cosine, mean = purity.nearest(directions)
-        found["nearest_latent"][ids], found["nearest_cosine"][ids], found["_neighbours"][ids] = ids[which], cosine, mean
-    return found
-
-
-def _decoder(table: pd.DataFrame, sae: SAE, alive: np.ndarray, settings: Settings) -> dict[str, Any]:
-    """Mean cosine of each firing latent's decoder direction to its nearest ones, beside that of random directions."""
-    cosines = {"neighbour_cosine": table.pop("_neighbours").to_numpy()}
-    found = purity.means(cosines, settings.bootstrap)["neighbour_cosine"]
-    n = int(alive.sum())
-    null = purity.random_nearest(n, sae.config.d_in, settings.null_latents, settings.seed) if n > 1 else None
-    return {**found, "null": null}
+        nearest, cosine[ids], mean[ids] = purity.nearest(directions)
+        which[ids] = ids[nearest]
+        null = purity.random_nearest(n, W_dec.shape[1], settings.null_latents, settings.seed)
+    columns = {"nearest_latent": which, "nearest_cosine": cosine}
+    return columns, {**purity.means({"cosine": mean}, settings.bootstrap)["cosine"], "null": null}
 
 
 def _means(table: pd.DataFrame, settings: Settings) -> dict[str, dict[str, float]]:
@@ -234,14 +230,12 @@ def _means(table: pd.DataFrame, settings: Settings) -> dict[str, dict[str, float
     nulls = {name: table[f"{name.removesuffix('_active')}_null"].where(table[name].notna()) for name in names}
     columns = {name: table[name].to_numpy() for name in names}
     columns |= {f"{name} above_null": (table[name] - nulls[name]).to_numpy() for name in names}
-    found = purity.means(columns, settings.bootstrap)
+    means = purity.means(columns, settings.bootstrap)
     for name in names:
-        above = found.pop(f"{name} above_null")
-        found[name]["null"] = float(nulls[name].mean())
-        found[name] |= {
-            f"above_null{suffix}": above[key] for key, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
-        }
-    return found
+        above = means.pop(f"{name} above_null")
+        means[name] |= {"null": float(nulls[name].mean()), "above_null": above["value"]}
+        means[name] |= {"above_null_low": above["low"], "above_null_high": above["high"]}
+    return means
 
 
 def _untrained_means(
@@ -259,14 +253,9 @@ def _untrained_means(
 def _labels(texts: Texts, rows: int, problems: Sequence[Problem]) -> dict[str, tuple[np.ndarray, list[str]]]:
     """By kind of label with two classes or more: each row's class [rows], -1 for none, and the classes' names."""
     labelled = label_rows(texts.rows(rows), problems)
-    found = {}
+    labels = {}
     for kind in LABELS:
         codes, classes = pd.factorize(labelled[f"label_{kind}"], sort=True)
         if len(classes) > 1:
-            found[kind] = (codes, [str(name) for name in classes])
-    return found
-
-
-def _rates(codes: np.ndarray, classes: int) -> list[float]:
-    counts = np.bincount(codes[codes >= 0], minlength=classes)
-    return (counts / counts.sum()).tolist()
+            labels[kind] = (codes, [str(name) for name in classes])
+    return labels

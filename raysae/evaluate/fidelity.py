@@ -186,12 +186,14 @@ def effective_latents(firings: Tensor | None) -> float:
     return float(counts.sum().square() / counts.square().sum().clamp_min(1e-30))
 
 
-def group_sums(root: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """By sae_id: sums over the blocks (index group, columns ROW_SUMS and, where a model scored, SCORE_SUMS)."""
+def group_sums(
+    root: Path, names: Sequence[str], columns: Sequence[str] = (*ROW_SUMS, *SCORE_SUMS)
+) -> dict[str, pd.DataFrame]:
+    """By sae_id: sums over the blocks (index group, those of these columns that were summed: SCORE_SUMS need a model)."""
     table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
-    columns = [name for name in (*ROW_SUMS, *SCORE_SUMS) if name in table]
+    summed = [name for name in columns if name in table]
     return {
-        str(sae_id): rows.groupby("group", sort=True)[columns].sum()
+        str(sae_id): rows.groupby("group", sort=True)[summed].sum()
         for sae_id, rows in table.groupby("sae_id", sort=False)
     }
 
@@ -268,7 +270,7 @@ class Paired:
 
         def values(totals: np.ndarray) -> np.ndarray:
             halves = np.split(totals, [both[0].shape[1]], axis=1)
-            one, other = (score(pd.DataFrame(m(t), columns=[*RANKED])) for m, t in zip(metrics, halves, strict=True))
+            one, other = (score(pd.DataFrame(m(t), columns=names)) for m, t in zip(metrics, halves, strict=True))
             return (one - other).to_numpy()
 
         ends = intervals(np.concatenate(both, axis=1), values, self.bootstrap)

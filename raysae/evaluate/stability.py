@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raysae.activations.store import Store
 from raysae.data.tokens import TokenBlock
+from raysae.evaluate.fidelity import group_sums
 from raysae.evaluate.statistics import Bootstrap, intervals
 from raysae.files import read_json, write_atomic, write_json
 from raysae.models.host import ModelHost
@@ -162,13 +163,13 @@ def match_all(table: pd.DataFrame, saes: Path, evaluation: Path, names: Sequence
 
     evaluation: where the evaluation left each site's sums, in a folder each.
     """
-    found = []
+    seeds = []
     for rows in configurations(table):
         on = {str(i): fired(evaluation / rows["site"].iloc[0], names, str(i)) for i in rows["sae_id"]}
         rows = rows[[bool(on[str(i)].any()) for i in rows["sae_id"]]]
         if len(rows) > 1:
-            found.append(match_seeds(rows, saes, on, seed))
-    return found
+            seeds.append(match_seeds(rows, saes, on, seed))
+    return seeds
 
 
 def match_seeds(rows: pd.DataFrame, saes: Path, fired: Mapping[str, np.ndarray], seed: int) -> Seeds:
@@ -339,11 +340,10 @@ def collect(
         for i in seeds.ids:
             saes[i] = {"stability_seeds": len(seeds.ids), **_of_latents(seeds.best[i], seeds.matched[i], confidence)}
             saes[i] |= {f"stability_recurring_variance{end}": v for end, v in of_site[i]["recurring"].items()}
-        null = {
-            name: _of_latents(seeds.null_best[name], seeds.null_matched[name], confidence) for name in NULLS
-        }
+        null = {name: _of_latents(seeds.null_best[name], seeds.null_matched[name], confidence) for name in NULLS}
         larger = max(null.values(), key=lambda n: (n["stability_mmcs"], n["stability_recurring_fraction"]))
-        larger |= {f"stability_recurring_variance{end}": v for end, v in of_site[seeds.ids[0]]["null"].items()}
+        chance = of_site[seeds.ids[0]]["null"]
+        larger = larger | {f"stability_recurring_variance{end}": v for end, v in chance.items()}
         head = rows.iloc[0]
         nulls[f"{head['architecture']}-{head['d_sae']}-{seeds.site}"] = larger
         entries.append(_entry(seeds, rows, saes, of_site, null, larger, metrics))
@@ -371,7 +371,7 @@ def _entry(
     facts = {name: value for name, value in facts.items() if not pd.isna(value)}
     mmcs = [pair["mmcs"] for pair in seeds.pairs]
     silent = [int(np.isnan(seeds.matched[i]).sum()) for i in ids]
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         **facts,
         "sae_ids": ids,
         "seeds": [int(s) for s in rows["seed"]],
@@ -393,12 +393,12 @@ def _entry(
     for name in ("recurring_fraction", "recurring_closely_fraction", "recurring_variance"):
         column = f"stability_{name}"
         values = [saes[i][column] for i in ids]
-        found |= {name: float(np.mean(values)), f"{name}_least": min(values), f"{name}_largest": max(values)}
-    found["recurring_closely_variance"] = float(np.mean([shares[i]["recurring_closely"][""] for i in ids]))
+        entry |= {name: float(np.mean(values)), f"{name}_least": min(values), f"{name}_largest": max(values)}
+    entry["recurring_closely_variance"] = float(np.mean([shares[i]["recurring_closely"][""] for i in ids]))
     for name in REPLICATED:
         each = np.array([metrics[i][name] for i in ids], float)
-        found |= {f"{name}_mean": float(each.mean()), f"{name}_sd": float(each.std(ddof=1))}
-    return found
+        entry |= {f"{name}_mean": float(each.mean()), f"{name}_sd": float(each.std(ddof=1))}
+    return entry
 
 
 def _of_latents(best: np.ndarray, matched: np.ndarray, confidence: float) -> dict[str, float]:
@@ -406,51 +406,43 @@ def _of_latents(best: np.ndarray, matched: np.ndarray, confidence: float) -> dic
     best, matched = best[np.isfinite(best)], matched[np.isfinite(matched)]
     n, mean = len(best), float(best.mean())
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * best.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    found = {
-        "stability_latents": n,
-        "stability_mmcs": mean,
-        "stability_mmcs_low": mean - half,
-        "stability_mmcs_high": mean + half,
-    }
+    columns = {"stability_latents": n, "stability_mmcs": mean}
+    columns |= {"stability_mmcs_low": mean - half, "stability_mmcs_high": mean + half}
     for name, least in (("recurring", RECURS), ("recurring_closely", RECURS_CLOSELY)):
         count = int((matched >= least).sum())
         low, high = stats.binomtest(count, n).proportion_ci(confidence, "wilson")
         name = f"stability_{name}_fraction"
-        found |= {name: count / n, f"{name}_low": float(low), f"{name}_high": float(high)}
-    return found
+        columns |= {name: count / n, f"{name}_low": float(low), f"{name}_high": float(high)}
+    return columns
 
 
-def _variance_shares(
-    root: Path, names: Sequence[str], bootstrap: Bootstrap
-) -> dict[str, dict[str, dict[str, float]]]:
+def _variance_shares(root: Path, names: Sequence[str], bootstrap: Bootstrap) -> dict[str, dict[str, dict[str, float]]]:
     """By sae_id and set of latents: its share of the variance that all explain, with its interval ("", "_low", "_high").
 
     (total - error of the set) / (total - error of all) = (1 - FVU of the set) / (1 - FVU of all); nan where all explain
     nothing.
     """
-    table = pd.concat([pd.read_parquet(root / f"{name}.parquet") for name in names])
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for sae_id, rows in table.groupby("sae_id"):
-        sums = rows.groupby("group", sort=True)[list(ERRORS)].sum().to_numpy()
 
-        def shares(totals: np.ndarray) -> np.ndarray:
-            explained = totals[:, :1] - totals[:, 1:]
-            return explained / np.where(explained[:, :1] > 0, explained[:, :1], np.nan)
+    def shares(totals: np.ndarray) -> np.ndarray:
+        explained = totals[:, :1] - totals[:, 1:]
+        return explained / np.where(explained[:, :1] > 0, explained[:, :1], np.nan)
 
-        ends = intervals(sums, shares, bootstrap)
-        found[str(sae_id)] = {
-            name: {"": float(ends.value[k]), "_low": float(ends.low[k]), "_high": float(ends.high[k])}
-            for k, name in enumerate(SETS)
+    by_sae = {}
+    for sae_id, by_group in group_sums(root, names, ERRORS).items():
+        ends = [part.tolist() for part in intervals(by_group.to_numpy(), shares, bootstrap)]
+        by_sae[sae_id] = {
+            name: dict(zip(("", "_low", "_high"), of_set, strict=True))
+            for name, *of_set in zip(SETS, *ends, strict=True)
         }
-    return found
+    return by_sae
 
 
-def by_configuration(found: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per configuration, its plain fields: the content of stability.parquet."""
-    plain = [{k: v for k, v in e.items() if not isinstance(v, list | dict)} for e in found["configurations"]]
-    return pd.DataFrame(plain).assign(seeds=[len(e["seeds"]) for e in found["configurations"]])
+def by_configuration(stability: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per configuration of what was collected, its plain fields: the content of stability.parquet."""
+    plain = [{k: v for k, v in e.items() if not isinstance(v, list | dict)} for e in stability["configurations"]]
+    return pd.DataFrame(plain).assign(seeds=[len(e["seeds"]) for e in stability["configurations"]])
 
 
-def columns(found: Mapping[str, Any]) -> pd.DataFrame:
-    """The table's columns of stability, by sae_id."""
-    return pd.DataFrame(found["saes"]).T.astype(float).rename_axis("sae_id").reset_index()
+def columns(stability: Mapping[str, Any]) -> pd.DataFrame:
+    """The table's columns of what was collected, by sae_id."""
+    return pd.DataFrame(stability["saes"]).T.astype(float).rename_axis("sae_id").reset_index()

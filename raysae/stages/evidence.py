@@ -23,6 +23,7 @@ from raysae.evaluate.nulls import ELSEWHERE, LINEAR, beside
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import read_table, write_json
 from raysae.progress import say
+from raysae.sae import formats
 from raysae.stages.work import blocks_of, names_of, of_driver, over_blocks, refuse_partial
 from raysae.workspace import Inputs, Made, Stage
 
@@ -298,12 +299,17 @@ def features(
         decode = captured.model.tokenizer.backend_tokenizer.decode
         say(f"features: {sae_id}")
         start = perf_counter()
-        rows = latent_features.build(
-            path, sae_id, inputs["saes"].path / "saes" / sae_id, inputs["store"].path, site, "validation",
+        corpus = latent_features.Corpus(
+            Store(inputs["store"].path),
+            site,
             {block["name"]: tokens.path / block["file"] for block in tokens.manifest["blocks"]},
-            lambda ids: decode(ids, skip_special_tokens=False), inputs["records"].path / "records.parquet", settings,
-        )  # fmt: skip
-        return {"cost": {"tokens": rows, **of_driver(perf_counter() - start)}}
+            lambda ids: decode(ids, skip_special_tokens=False),
+            read_records(inputs["records"].path / "records.parquet"),
+        )
+        sae = formats.load(inputs["saes"].path / "saes" / sae_id)
+        latents = latent_features.measure(sae, corpus, "validation", settings)
+        latent_features.write(path, latents, sae_id=sae_id)
+        return {"cost": {"tokens": latents.summary["rows"], **of_driver(perf_counter() - start)}}
 
     e = how.config
     settings = {"sae": sae_id, "rows": e.feature_rows, "contexts": e.contexts, "bootstrap": asdict(how.bootstrap)}

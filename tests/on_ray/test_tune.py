@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from outside import foreign
 import torch
+from outside import foreign
 
 from raysae.on_ray import tune
 from raysae.sweep.prune import Pruning
