@@ -17,7 +17,7 @@ from raysae.artifacts import link_or_copy, lock_of
 from raysae.errors import Damaged
 from raysae.files import is_temporary, read_sealed, whole_folder
 from raysae.progress import say
-from raysae.report.page import write_report
+from raysae.report import write_report
 from raysae.seal import SEAL, added, check, seal
 
 

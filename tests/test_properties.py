@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from raysae.activations import write_store
 from raysae.activations.source import Subset
 from raysae.activations.store import Store
-from raysae.config import SweepJob, dump_yaml, load_config
+from raysae.config.jobs import SweepJob
+from raysae.config.load import dump_yaml, load_config
 from raysae.data.records import make_problem
 from raysae.data.splits import SPLITS, assign_splits
 from raysae.sae.architectures import ARCHITECTURES, SAEConfig, initial_parameters

@@ -180,6 +180,12 @@ def interval(name: str, low: Any, high: Any) -> str:
     return f"[{show(name, low)}, {show(name, high)}]" if is_number(low) and is_number(high) else ""
 
 
+def decimals(value: Any, low: Any = None, high: Any = None) -> dict[str, str]:
+    """A score between -1 and 1 that is no column of the table, with its interval."""
+    value, *ends = (f"{x:.3f}".replace("-", "−") if is_number(x) and math.isfinite(x) else "–" for x in (value, low, high))
+    return {"value": value, "interval": "" if "–" in ends else f"[{ends[0]}, {ends[1]}]"}
+
+
 def cell(name: str, row: Mapping[str, Any], key: str | None = None) -> dict[str, str]:
     """Value and interval of a metric in a row, where it may stand under another key."""
     key = key or name

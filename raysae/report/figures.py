@@ -29,6 +29,7 @@ from raysae.files import inside, write_atomic
 from raysae.gates import trade
 from raysae.gates.criteria import Choose
 from raysae.report.columns import is_number, label, show_threshold
+from raysae.report.read import lead, leads, records
 from raysae.sae.architectures import COEFFICIENTS
 
 INK, FAINT, PAPER = "#22252b", "#8d939e", "#ffffff"
@@ -163,29 +164,6 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame | None, decision: Mapping[str
             title = f"{label(metric)} over training"
             figures[f"{metric}_over_training"] = Drawn(title, training(curves, table, decision, metric))
     return figures
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The table's rows as dicts."""
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def lead(decision: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The SAE that the decision is about, and what it is called: the chosen one; a candidate that failed on the test
-    split or whose gate is void; or the closest, where none passed."""
-    if decision.get("chosen"):
-        return decision["chosen"], "chosen" if decision.get("verdict") in ("go", "incomplete") else "candidate"
-    return decision.get("closest"), "closest"
-
-
-def leads(decision: Mapping[str, Any]) -> dict[str, str]:
-    """The same for each site that has a choice, and for the decision as a whole: what an SAE is called, by id."""
-    found = {}
-    for each in (*(decision.get("choices") or {}).values(), decision):
-        sae_id, role = lead(each)
-        if sae_id and (each.get("chosen") or each is decision):
-            found[sae_id] = role
-    return found
 
 
 def off_scale(table: pd.DataFrame) -> list[str]:

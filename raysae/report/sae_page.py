@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pandas as pd
-from jinja2 import Environment
-from markupsafe import Markup, escape
 
 from raysae.errors import Damaged
-from raysae.files import inside, is_folder_name, plain, read_json, write_atomic
-from raysae.report import figures
-from raysae.report.columns import COLUMNS, cell, is_number, label, show
+from raysae.files import inside, plain, read_json
+from raysae.report import read as run
+from raysae.report.columns import COLUMNS, cell, decimals, is_number, label, show
+from raysae.report.page import environment, write_text
+from raysae.report.parts.gate import criteria
 
 FULL_SIZE = 12_000_000
 """Bytes of cards above which a page shows fewer contexts of each; all are in cards.jsonl."""
@@ -41,34 +41,32 @@ MEANINGS = {
 }
 
 
-def write_pages(
-    run_dir: Path, environment: Environment, table: pd.DataFrame, curves: pd.DataFrame | None,
-    decision: Mapping[str, Any], criteria: Mapping[str, list[dict[str, Any]]],
-) -> dict[str, str]:  # fmt: skip
-    """Write a page for each completed SAE of `table`; their addresses, relative to the run, by sae_id.
-
-    criteria: the gate's, as shown, for the decision's SAEs. `features/` beside a page gives it its cards.
-    """
-    leads, pages = figures.leads(decision), {}
-    for row in figures.records(table[table["status"] == "completed"]):
+def write_pages(run_dir: Path) -> None:
+    """Write a page for each completed SAE of a run. `features/` beside a page gives it its cards."""
+    table, curves, decision = run.table(run_dir), run.curves(run_dir), run.decision(run_dir)
+    roles, template = run.leads(decision), environment().get_template("sae_page.html.j2")
+    judged = {run.lead(c)[0]: criteria(c) for c in (decision, *(decision.get("choices") or {}).values())}
+    addresses = run.pages(table)
+    for row in run.records(table[(table["status"] == "completed") & table["sae_id"].isin(list(addresses))]):
         sae_id = row["sae_id"]
-        if not is_folder_name(sae_id):
-            continue
         directory = inside(run_dir, "saes", sae_id)
         directory.mkdir(parents=True, exist_ok=True)
         summary, cards, drawn = _features(directory)
         mine = curves[curves["sae_id"] == sae_id].sort_values("tokens") if curves is not None else pd.DataFrame()
-        reasons = (decision.get("rejected") or {}).get(sae_id) or ()
-        page = environment.get_template("_sae.html.j2").render(
+        page = template.render(
             run=run_dir.resolve().name,
             sae_id=sae_id,
             decision=decision,
-            role=leads.get(sae_id),
+            role=roles.get(sae_id),
             row=row,
-            reasons=[reasons] if isinstance(reasons, str) else list(map(str, reasons)),
-            criteria=criteria.get(sae_id, []),
+            reasons=run.reasons(decision, sae_id),
+            criteria=judged.get(sae_id, []),
             setting=[(label(name), show(name, row[name])) for name in SETTING if _given(row.get(name))],
-            metrics=_metrics(row),
+            metrics=[
+                {"label": column.label, **cell(column.name, row), "meaning": column.meaning}
+                for column in COLUMNS
+                if column.name not in SETTING and is_number(row.get(column.name))
+            ],
             curves=[
                 (chart(mine["tokens"].tolist(), mine[name].tolist(), "training tokens", label(name)), label(name))
                 for name in ("fvu", "l0")
@@ -79,9 +77,7 @@ def write_pages(
             drawn=drawn,
             cards=cards,
         )
-        _write(directory / "index.html", page)
-        pages[sae_id] = f"saes/{quote(sae_id)}/index.html"
-    return pages
+        write_text(directory / "index.html", page)
 
 
 def compact(cards: Iterator[Mapping[str, Any]], contexts: int) -> dict[str, Any]:
@@ -96,7 +92,7 @@ def compact(cards: Iterator[Mapping[str, Any]], contexts: int) -> dict[str, Any]
     examples: dict[str, dict[int, int]] = {}
     numbers: dict[str, list[Any]] = {name: [] for name in CARD_NUMBERS}
     labels: dict[str, list[Any]] = {}
-    made: dict[str, list[Any]] = {"histograms": [], "top": [], "random": []}
+    by_latent: dict[str, list[Any]] = {"histograms": [], "top": [], "random": []}
     order: dict[str, int] = {}
 
     def placed(context: Mapping[str, Any]) -> list[Any]:
@@ -111,45 +107,45 @@ def compact(cards: Iterator[Mapping[str, Any]], contexts: int) -> dict[str, Any]
         for name in CARD_NUMBERS:
             numbers[name].append(_short(card.get(name)))
         for kind in [key.removeprefix("label_") for key in card if key.startswith("label_")]:
-            of = labels.setdefault(kind, [])
-            of += [None] * (count - len(of))
+            entries = labels.setdefault(kind, [])
+            entries += [None] * (count - len(entries))
             shown = [_short(card.get(f"{name}_{kind}")) for name in ("purity", "entropy", "base_rate")]
-            of.append([card[f"label_{kind}"], *shown, _short(card.get(f"purity_{kind}_null"))])
-        made["histograms"].append(card["histogram"] if card.get("max") else [])
+            entries.append([card[f"label_{kind}"], *shown, _short(card.get(f"purity_{kind}_null"))])
+        by_latent["histograms"].append(card["histogram"] if card.get("max") else [])
         for kind in ("top", "random"):
-            made[kind].append([placed(context) for context in card[f"{kind}_contexts"][:contexts]])
-    for of in labels.values():
-        of += [None] * (len(made["top"]) - len(of))
+            by_latent[kind].append([placed(context) for context in card[f"{kind}_contexts"][:contexts]])
+    for entries in labels.values():
+        entries += [None] * (len(by_latent["top"]) - len(entries))
     texts = []
     for name in order:
         text = examples[name]
         texts.append([name, min(text), [text.get(i, -1) for i in range(min(text), max(text) + 1)]])
-    return {"numbers": numbers, "labels": labels, **made, "examples": texts, "pieces": list(pieces)}
+    return {"numbers": numbers, "labels": labels, **by_latent, "examples": texts, "pieces": list(pieces)}
 
 
-def script_json(value: Any) -> Markup:
+def script_json(value: Any) -> str:
     """JSON that may stand in a <script>: no `<` is left that could end it or open a comment."""
     text = json.dumps(plain(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for sign in ("<", "\u2028", "\u2029"):
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
+    return text
 
 
-def chart(x: list[float], y: list[float], x_label: str, y_label: str) -> Markup:
+def chart(x: list[float], y: list[float], x_label: str, y_label: str) -> str:
     """A line of a few points as an SVG that costs no plotting library: a sweep has hundreds of pages."""
     points = [(a, b) for a, b in zip(x, y, strict=True) if is_number(a) and is_number(b) and abs(b) != float("inf")]
     if not points:
-        return Markup("")
+        return ""
     left, right, top, bottom = 52, 310, 14, 150
     x_end = max(a for a, _ in points) or 1
     low, high = min(0.0, *(b for _, b in points)), max(b for _, b in points) or 1
-    at = [
+    places = [
         (left + (right - left) * a / x_end, bottom - (bottom - top) * (b - low) / (high - low or 1)) for a, b in points
     ]
     marks = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{x:g}: {y:.4g}</title></circle>'
-                    for (a, b), (x, y) in zip(at, points, strict=True))  # fmt: skip
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
-    return Markup(
+                    for (a, b), (x, y) in zip(places, points, strict=True))  # fmt: skip
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+    return (
         f'<svg viewBox="0 0 320 186" role="img" aria-label="{escape(y_label)} over {escape(x_label)}" class="curve">'
         f'<path d="M{left},{top}V{bottom}H{right}" fill="none" stroke="var(--faint)"/>'
         f'<polyline points="{line}" fill="none" stroke="var(--link)" stroke-width="2"/><g fill="var(--link)">{marks}</g>'
@@ -160,15 +156,13 @@ def chart(x: list[float], y: list[float], x_label: str, y_label: str) -> Markup:
     )
 
 
-def _write(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _features(directory: Path) -> tuple[dict[str, Any], Markup, Markup]:
+def _features(directory: Path) -> tuple[dict[str, Any], str, str]:
     """features.json, the cards for the page and the drawn density histogram; empty where features were not measured."""
+    from raysae.report import figures
+
     source = directory / "features"
     if not (source / "features.json").exists():
-        return {}, Markup(""), Markup("")
+        return {}, "", ""
     summary = read_json(source / "features.json")
     for contexts in SHOWN_CONTEXTS:
         try:
@@ -180,22 +174,10 @@ def _features(directory: Path) -> tuple[dict[str, Any], Markup, Markup]:
             break
     title = "Latents by firing density"
     svg = figures.save(figures.densities(summary["density_histogram"]), directory / "figures", "density")
-    return summary, cards, Markup(figures.inline(svg, "density", title, {}))
+    return summary, cards, figures.inline(svg, "density", title, {})
 
 
-def _metrics(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [
-        {
-            "label": column.label,
-            **cell(column.name, row),
-            "meaning": column.meaning,
-        }
-        for column in COLUMNS
-        if column.name not in SETTING and is_number(row.get(column.name))
-    ]
-
-
-def _purities(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+def _purities(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The means over latents beside what random rows and an untrained SAE give."""
     shown = []
     untrained = summary.get("untrained") or {}
@@ -209,24 +191,13 @@ def _purities(summary: Mapping[str, Any]) -> list[dict[str, str]]:
             {
                 "label": title,
                 "meaning": meaning,
-                "value": _digits(entry["value"]),
-                "interval": _span(entry),
-                "null": _digits(entry["null"]),
-                "untrained": _digits(other.get("value")),
-                "untrained_interval": _span(other),
+                "of_sae": decimals(entry["value"], entry.get("low"), entry.get("high")),
+                "of_untrained": decimals(other.get("value"), other.get("low"), other.get("high")),
+                "null": decimals(entry["null"])["value"],
                 "n": f"{entry['n']:,}",
             }
         )
     return shown
-
-
-def _digits(value: Any) -> str:
-    return f"{value:.3f}" if is_number(value) else "–"
-
-
-def _span(entry: Mapping[str, Any]) -> str:
-    low, high = entry.get("low"), entry.get("high")
-    return f"[{low:.3f}, {high:.3f}]" if is_number(low) and is_number(high) else ""
 
 
 def _short(value: Any) -> Any:

@@ -19,9 +19,10 @@ import yaml
 from browser import visit
 
 from raysae.errors import UserError
-from raysae.report import figures, page, write_report
+from raysae.report import figures, write_report
 from raysae.report.columns import interval, show, show_threshold
-from raysae.report.page import inert
+from raysae.report.parts.axes import inert
+from raysae.report.parts.decision import facts
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
 
@@ -316,7 +317,7 @@ def test_figures_are_written_and_follow_the_page_s_colours(run: Path, html: str)
 
 def test_text_from_files_is_escaped(no_go: str) -> None:
     page = Page(no_go)
-    assert "img" not in page.tags and no_go.count("<script>") == 1 and "<b>bold</b>" not in no_go
+    assert "img" not in page.tags and no_go.count("<script>") == 2 and "<b>bold</b>" not in no_go
     assert "&lt;b&gt;bold&lt;/b&gt;" in no_go and "&lt;img src=x" in no_go
 
 
@@ -716,7 +717,7 @@ def test_probes_have_a_table_per_label_with_every_baseline_and_flags_in_words(tm
 def test_what_became_no_row_stands_among_the_facts():
     table = pd.DataFrame({"status": ["completed"], "tokens": [10.0], "site": ["blocks.0.resid_post"]})
     store = {"left_out": {"bad rows": 1200, "examples without a row": 1}, "not_compared": 0.0251}
-    found = dict(page.facts(table, {}, store))
+    found = dict(facts(table, {}, store))
     assert found["Left out"] == "1,200 bad rows, 1 examples without a row"
     assert found["Too short to find near-duplicates of"] == "2.5% of the examples"
-    assert not {"Left out", "Too short to find near-duplicates of"} & {*dict(page.facts(table, {}, {"not_compared": 0.0}))}
+    assert not {"Left out", "Too short to find near-duplicates of"} & {*dict(facts(table, {}, {"not_compared": 0.0}))}

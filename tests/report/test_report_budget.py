@@ -6,7 +6,7 @@ from report.test_report import Page, synthetic_decision, synthetic_run, syntheti
 from raysae.files import read_json, write_json
 from raysae.plan.budget import spending
 from raysae.report import write_report
-from raysae.report.budget import budget_rows
+from raysae.report.parts.cost import budget_rows
 
 
 @pytest.fixture

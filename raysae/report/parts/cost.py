@@ -1,11 +1,20 @@
-"""The ledger's budget as the page shows it: one line per item, with a bar where there is a limit."""
+"""What a run cost, by stage, and against its budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from raysae.files import read_json_if
+from raysae.report.page import Part
+
 LABELS = {"device_hours": "{device}-hours", "tokens": "Tokens, all stages", "gigabytes": "On disk, GB"}
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    ledger = read_json_if(run_dir / "ledger.json")
+    return {"ledger": ledger, "budget": budget_rows(ledger)}
 
 
 def budget_rows(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -36,3 +45,6 @@ def budget_rows(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _amount(item: str, value: float) -> str:
     return f"{value:,.0f}" if item == "tokens" else f"{value:,.3g}"
+
+
+PART = Part("cost", "Cost", Path(__file__).with_name("cost.html.j2"), read)

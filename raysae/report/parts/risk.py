@@ -1,4 +1,4 @@
-"""Domain coverage and invariance of one SAE as the page shows them."""
+"""Risk: domain coverage and invariance of one SAE, and what its gate assumes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Any
 import pandas as pd
 
 from raysae.files import read_json_if, read_table
+from raysae.report import read as run
 from raysae.report.columns import cell, interval, label, show
+from raysae.report.page import Part
 
 METRICS = ("fvu", "l0", "ce_loss_recovered")
 KINDS = {"whitespace": "Spaces and line breaks", "names": "Names swapped", "numbers": "Numbers changed"}
 AXES = {"dataset": "Dataset", "stratum": "Stratum, by number of steps"}
 
 
-def section(run_dir: Path, lead: str | None) -> dict[str, Any]:
-    """What `_risk.html.j2` shows of the SAE `lead`, from `domains.*` and `invariance.json`; empty where they are absent."""
+def read(run_dir: Path) -> dict[str, Any]:
+    """The decision's SAE in `domains.*` and `invariance.json`; empty where they are absent."""
+    decision = run.decision(run_dir)
+    lead, _ = run.lead(decision)
     file, facts = run_dir / "domains.parquet", read_json_if(run_dir / "domains.json")
     table = read_table(file) if file.exists() else pd.DataFrame()
     mine = table[table["sae_id"] == lead] if len(table) else table
     worst = facts.get("worst", {}).get(lead, {})
-    found = read_json_if(run_dir / "invariance.json")
+    reworded = read_json_if(run_dir / "invariance.json")
     return {
         "metrics": [label(name) for name in METRICS],
         "enough": facts.get("enough_groups"),
@@ -30,9 +34,11 @@ def section(run_dir: Path, lead: str | None) -> dict[str, Any]:
             for axis, rows in (mine.groupby("axis", sort=False) if len(mine) else ())
         ],
         "measured": file.exists(),
-        "invariance": [kind(entry) for entry in found.get("kinds", ())],
-        "reworded": found.get("sae_id"),
-        "too_long": found.get("too_long", 0),
+        "invariance": [rewording(entry) for entry in reworded.get("kinds", ())],
+        "reworded": reworded.get("sae_id"),
+        "lead": lead,
+        "assumptions": decision.get("assumptions"),
+        "too_long": reworded.get("too_long", 0),
     }
 
 
@@ -63,7 +69,7 @@ def domains(rows: pd.DataFrame, worst: dict[str, Any], enough: int) -> dict[str,
     return {"rows": shown, "said": said, "few": few}
 
 
-def kind(entry: dict[str, Any]) -> dict[str, Any]:
+def rewording(entry: dict[str, Any]) -> dict[str, Any]:
     """A way of rewording as a row: how many examples, and cells of value, interval and null."""
     return {
         "kind": KINDS.get(entry["kind"], entry["kind"]),
@@ -77,3 +83,6 @@ def kind(entry: dict[str, Any]) -> dict[str, Any]:
             {**cell("fvu", entry, name), "null": cell("fvu", entry, f"{name}_null")} for name in ("jaccard", "cosine")
         ],
     }
+
+
+PART = Part("risk", "Risk", Path(__file__).with_name("risk.html.j2"), read)

@@ -1,4 +1,4 @@
-"""Stability and transfer as the page shows them, each number beside what it must be compared with."""
+"""Stability and transfer, each number beside what it must be compared with."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 from raysae.files import read_json_if
 from raysae.report.columns import interval, is_number, label, show
+from raysae.report.page import Part
 from raysae.sae.architectures import COEFFICIENTS
 
 SHOWN_AWAY = ("fvu", "l0", "ce_loss_recovered", "ce_delta")
 
 
-def section(run_dir: Path) -> dict[str, Any]:
-    """What `_stability.html.j2` shows, from `stability.json` and `transfer.json`; empty parts where they are absent."""
-    found, moved = (read_json_if(run_dir / f"{name}.json") for name in ("stability", "transfer"))
+def read(run_dir: Path) -> dict[str, Any]:
+    """From `stability.json` and `transfer.json`; empty where they are absent."""
+    stable, moved = (read_json_if(run_dir / f"{name}.json") for name in ("stability", "transfer"))
     return {
-        "rule": found.get("rule", ""),
-        "configurations": [configuration(entry) for entry in found.get("configurations", ())],
+        "rule": stable.get("rule", ""),
+        "configurations": [configuration(entry) for entry in stable.get("configurations", ())],
         "transfer": [dataset(name, entry) for name, entry in moved.items()],
         "away": [label(name) for name in SHOWN_AWAY],
     }
@@ -64,10 +65,10 @@ def _cell(column: str, entry: Mapping[str, Any], name: str, over: str = "") -> d
 def dataset(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """A held-out dataset: per SAE and metric the value at home, away, and their ratio with its interval."""
     rows = []
-    for sae_id, found in entry["saes"].items():
+    for sae_id, measured in entry["saes"].items():
         cells = []
         for metric in SHOWN_AWAY:
-            m = found[metric]
+            m = measured[metric]
             cells.append(
                 {
                     "home": show(metric, m["home"]),
@@ -77,7 +78,8 @@ def dataset(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
                     "ratio_interval": interval("fvu", m["ratio_low"], m["ratio_high"]),
                 }
             )
-        rows.append({"sae_id": sae_id, "cells": cells, "n": f"{found['n_rows']:,}", "groups": f"{found['n_groups']:,}"})
+        n, groups = (f"{measured[name]:,}" for name in ("n_rows", "n_groups"))
+        rows.append({"sae_id": sae_id, "cells": cells, "n": n, "groups": groups})
     over = entry["over_seeds"]
     spread = [
         f"{label(metric)} × {show('fvu', over[metric]['ratio_mean'])} ± {show('fvu', over[metric]['ratio_sd'])}"
@@ -91,3 +93,6 @@ def dataset(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "left_out": f"{entry['left_out']:,}",
         "spread": "; ".join(spread),
     }
+
+
+PART = Part("stability", "Stability", Path(__file__).with_name("stability.html.j2"), read)

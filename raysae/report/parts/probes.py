@@ -1,8 +1,7 @@
-"""The probes of a run as the page shows them: a table per label, every baseline beside the SAE, flags in words."""
+"""Probes: a table per label, every baseline beside the SAE, flags in words."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import pandas as pd
 from raysae.evaluate.probes import INFORMATION_GAP
 from raysae.evaluate.probes import in_words as effect_in_words
 from raysae.files import read_json, read_table
-from raysae.report.columns import is_number
+from raysae.report.columns import decimals
+from raysae.report.page import Part
 
 INPUTS = {
     "sae": "the SAE's latents",
@@ -43,7 +43,11 @@ def read(run_dir: Path) -> dict[str, Any] | None:
         return None
     about, table = read_json(folder / "probes.json"), read_table(folder / "probes.parquet")
     sections = [section(str(label), rows, about["labels"][label]) for label, rows in table.groupby("label", sort=False)]
-    return {"sae_id": about["sae_id"], "site": about["site"], "settings": about["settings"], "labels": sections}
+    return {
+        **{name: about[name] for name in ("sae_id", "site", "settings")},
+        "labels": sections,
+        "scores": list(SCORES.values()),
+    }
 
 
 def section(label: str, table: pd.DataFrame, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,21 +84,17 @@ def section(label: str, table: pd.DataFrame, facts: Mapping[str, Any]) -> dict[s
 
 def cell(row: Mapping[str, Any], score: str) -> dict[str, str]:
     """A score with its interval."""
-    low, high = row.get(f"{score}_low"), row.get(f"{score}_high")
-    return {
-        "value": _number(row.get(score)),
-        "interval": f"[{_number(low)}, {_number(high)}]" if is_number(low) else "",
-    }
+    return decimals(*(row.get(f"{score}{end}") for end in ("", "_low", "_high")))
 
 
-def gap(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def gap(difference: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """How far the SAE's dense probe lies above a baseline's, and whether that is more than chance."""
-    if found is None:
+    if difference is None:
         return None
-    clear = found["q"] <= SIGNIFICANT
-    tone = "" if not clear else "pass" if found["macro_f1"] > 0 else "fail"
-    return {"value": f"{found['macro_f1']:+.3f}".replace("-", "−"), "interval": cell(found, "macro_f1")["interval"],
-            "q": f"{found['q']:.2g}", "tone": tone}  # fmt: skip
+    f1, clear = difference["macro_f1"], difference["q"] <= SIGNIFICANT
+    tone = "" if not clear else "pass" if f1 > 0 else "fail"
+    value = f"{f1:+.3f}".replace("-", "−")
+    return {**cell(difference, "macro_f1"), "value": value, "q": f"{difference['q']:.2g}", "tone": tone}
 
 
 def in_words(name: str, check: Mapping[str, Any]) -> str:
@@ -108,5 +108,4 @@ def in_words(name: str, check: Mapping[str, Any]) -> str:
     )
 
 
-def _number(value: Any) -> str:
-    return f"{value:.3f}".replace("-", "−") if is_number(value) and math.isfinite(value) else "–"
+PART = Part("probes", "Probes", Path(__file__).with_name("probes.html.j2"), read)
