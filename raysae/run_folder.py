@@ -41,12 +41,15 @@ def stands(folder: Path, stages: Sequence[str], every_hash: bool = False) -> boo
     return said["stages"] == list(stages)
 
 
-def write(folder: Path, root: Path, stages: Sequence[str], identity: str, fill: Callable[[Path], None]) -> None:
+def write(
+    folder: Path, root: Path, stages: Sequence[str], identity: str, fill: Callable[[Path], None],
+    report: Callable[[Path], object] = write_report,
+) -> None:  # fmt: skip
     """Replace `folder` by what `fill` writes into an empty one, its report, and what is kept of the old one; sealed."""
     with lock_of(root, f"run-{folder.name}"), whole_folder(folder) as made:
         fill(made)
         kept, foreign = _keep(folder, made, stages)
-        write_report(made)
+        report(made)
         seal(made, stages, identity, kept, foreign)
 
 

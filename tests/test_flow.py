@@ -216,7 +216,7 @@ def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopp
     )
     curve = {"tokens": 20_000, "fvu": 1.0, "l0": 0.0, "loss": 1.0, "dead_fraction": 1.0, "learning_rate": 1e-3}
     pd.DataFrame([{"sae_id": row["sae_id"], **curve} for row in rows]).to_parquet(saes.path / "curves.parquet")
-    made("measurement", saes={}), made("evaluation", metrics={}), made("nulls", nulls={})
+    made("measurement", saes={}, blocks=[]), made("evaluation", metrics={}), made("nulls", nulls={})
     made("records"), made("tokens", blocks=[])
     facts_of_store = {"model": {"name": "m"}, "rows": {"train": 9}, "dtype": "float32", "left_out": {}, "not_compared": 0.0}
     made("store", sites={site: {}}, **facts_of_store)

@@ -54,10 +54,10 @@ def names_of_job(job: SweepJob, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for control in mine.controls:
         make(control.evaluation)
     captured, nulls, sums, evaluated = mine.validation
-    make(evidence.domains(how, captured, sums, mine.records))
+    make(evidence.domains(how, sums, mine.records))
     if len(job.sweep.seeds) > 1:
         recurrence = evidence.recurrence(how, captured, mine.saes, sums)
-        make(evidence.stability(how, mine.saes, mine.tokens, recurrence, evaluated))
+        make(evidence.stability(how, mine.saes, recurrence, evaluated))
     make(evidence.measured(how, "test", captured, mine.saes, nulls, [SAE]).evaluation)
     row = {name: 0 for name in FACTS} | {"sae_id": SAE, "status": "completed", "site": SITE}
     decision = {"chosen": SAE, "choices": {SITE: {"chosen": SAE}}}

@@ -20,6 +20,7 @@ from raysae.evaluate import probes as label_probes
 from raysae.evaluate import stability as seeds
 from raysae.evaluate import transfer as elsewhere
 from raysae.evaluate.nulls import ELSEWHERE, LINEAR, beside
+from raysae.evaluate.rows import measure_rows
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import read_table, write_json
 from raysae.progress import say
@@ -30,6 +31,7 @@ from raysae.workspace import Inputs, Made, Stage
 if TYPE_CHECKING:
     from raysae.bench import Bench
     from raysae.config.sections import EvaluationConfig, ProbesConfig
+    from raysae.stages.model import Model
     from raysae.stages.store import Captured
 
 class Measuring(NamedTuple):
@@ -61,7 +63,7 @@ def measured(
 ) -> Measured:  # fmt: skip
     """Measurements on a split of every SAE and null, of those that `only` names, or of nulls alone (rows only)."""
     sums = measurement(how, split, captured, saes, nulls, only)
-    return Measured(captured, nulls, sums, evaluation(how, split, captured, sums))
+    return Measured(captured, nulls, sums, evaluation(how, split, captured.store, sums))
 
 
 def measurement(
@@ -70,42 +72,50 @@ def measurement(
     """Sums by group over the blocks of a split, of SAEs and nulls: what `fidelity.Measurement` writes, by site."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        blocks, opened = blocks_of(inputs["tokens"], split), Store(inputs["store"].path)
-        opened.check_model(captured.model.fingerprint(inputs))
-        scored = min(1.0, how.config.max_tokens / max(sum(block["rows"] for block in blocks), 1)) if saes else 0.0
-        works = {
-            f"measure {len(members)} SAEs of {site} on {split}": fidelity.Measurement(
-                opened.path, site, tuple(members), path / site, how.tokens_per_forward, scored
-            )
-            for site, members in _to_measure(inputs, only).items()
-        }
-        model = captured.model.loading(inputs)
-        cost = over_blocks(bench, works, blocks, fidelity.done, inputs["tokens"].path, model)
-        ids = {work.site: [sae_id for sae_id, _ in work.saes] for work in works.values()}
-        return {"saes": ids, "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
+        opened, members = Store(inputs["store"].path), _to_measure(inputs, only)
+        ids = {site: [sae_id for sae_id, _ in saes] for site, saes in members.items()}
+        if captured.model is None:
+            start, names = perf_counter(), opened.names(split)
+            for site, saes in members.items():
+                measure_rows(opened, site, {i: formats.load(folder) for i, folder in saes}, split, path / site)
+            cost = of_driver(perf_counter() - start)
+        else:
+            opened.check_model(captured.model.fingerprint(inputs))
+            blocks = blocks_of(inputs["tokens"], split)
+            works = {
+                f"measure {len(saes)} SAEs of {site} on {split}": fidelity.Measurement(
+                    opened.path, site, tuple(saes), path / site, how.tokens_per_forward,
+                    max_scored / max(sum(block["rows"] for block in blocks), max_scored, 1),
+                )
+                for site, saes in members.items()
+            }  # fmt: skip
+            model, names = captured.model.loading(inputs), names_of(blocks)
+            cost = over_blocks(bench, works, blocks, fidelity.done, inputs["tokens"].path, model)
+        return {"saes": ids, "blocks": names, "cost": {"tokens": opened.rows(split), **cost}}
 
-    settings = {"split": split, "only": only, "max_tokens": how.config.max_tokens if saes else 0}
+    max_scored = how.config.max_tokens if saes and captured.model else 0
+    settings = {"split": split, "only": only, "max_tokens": max_scored}
     inputs = {"saes": saes, "nulls": nulls, **captured.inputs}
     implied = frozenset(inputs) - {"saes", "nulls", "store"}
     return Stage("measurement", 1, settings, inputs, build, implied=implied)
 
 
-def evaluation(how: Measuring, split: str, captured: Captured, sums: Stage) -> Stage:
+def evaluation(how: Measuring, split: str, store: Stage, sums: Stage) -> Stage:
     """Metrics of SAEs and nulls with intervals, from the sums of a split: `metrics.json`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         opened, summed = Store(inputs["store"].path), inputs["sums"]
-        blocks, metrics = names_of(blocks_of(inputs["tokens"], split)), dict[str, Any]()
+        metrics: dict[str, Any] = {}
         for site in summed.manifest["saes"]:
-            metrics |= fidelity.collect(summed.path / site, blocks, opened.mean(site), how.bootstrap)
+            root, blocks = summed.path / site, summed.manifest["blocks"]
+            metrics |= fidelity.collect(root, blocks, opened.mean(site), how.bootstrap)
         wanted = [sae_id for ids in summed.manifest["saes"].values() for sae_id in ids]
         refuse_partial(f"measurements on {split}", wanted, metrics)
         write_json(path / "metrics.json", metrics)
         return {"metrics": metrics}
 
-    inputs = {"sums": sums, "store": captured.store, "tokens": captured.tokens}
-    implied = frozenset({"store", "tokens"})
-    return Stage("evaluation", 7, {"bootstrap": asdict(how.bootstrap)}, inputs, build, implied=implied)
+    inputs = {"sums": sums, "store": store}
+    return Stage("evaluation", 7, {"bootstrap": asdict(how.bootstrap)}, inputs, build, implied=frozenset({"store"}))
 
 
 def _to_measure(inputs: Inputs, only: Sequence[str] | None) -> dict[str, list[tuple[str, Path]]]:
@@ -149,50 +159,47 @@ def recurrence(how: Measuring, captured: Captured, saes: Stage, sums: Stage) -> 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         tokens, root = inputs["tokens"], inputs["saes"].path
         blocks = blocks_of(tokens, "validation")
+        model = hosted(captured).loading(inputs)
         table = read_table(root / "table.parquet")
         matches = seeds.match_all(table, root / "saes", inputs["sums"].path, names_of(blocks), how.seed)
         tasks = seeds.tasks(matches, inputs["store"].path, root / "saes", path)
         works = {f"what recurs at {task.site}": task for task in tasks}
-        model = captured.model.loading(inputs)
         cost = over_blocks(bench, works, blocks, seeds.done, tokens.path, model)
-        return {"cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
+        return {"blocks": names_of(blocks), "cost": {"tokens": sum(b["rows"] for b in blocks), **cost}}
 
     inputs = {"saes": saes, "sums": sums, **captured.inputs}
     return Stage("recurrence", 1, {"seed": how.seed}, inputs, build, implied=frozenset(inputs) - {"sums"})
 
 
-def stability(how: Measuring, saes: Stage, tokens: Stage, recurring: Stage, evaluated: Stage) -> Stage:
+def stability(how: Measuring, saes: Stage, recurring: Stage, evaluated: Stage) -> Stage:
     """Whether seeds find the same latents: `stability.json`, `stability.parquet`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         table = read_table(inputs["saes"].path / "table.parquet")
-        blocks, metrics = names_of(blocks_of(inputs["tokens"], "validation")), metrics_of(inputs["evaluation"])
-        facts = seeds.collect(inputs["recurrence"].path, blocks, table, metrics, how.bootstrap)
+        sums, metrics = inputs["recurrence"], metrics_of(inputs["evaluation"])
+        facts = seeds.collect(sums.path, sums.manifest["blocks"], table, metrics, how.bootstrap)
         seeds.by_configuration(facts).to_parquet(path / "stability.parquet", index=False)
         write_json(path / "stability.json", facts)
         return {"stability": facts}
 
-    inputs = {"saes": saes, "tokens": tokens, "recurrence": recurring, "evaluation": evaluated}
-    implied = frozenset({"saes", "tokens"})
-    return Stage("stability", 4, {"bootstrap": asdict(how.bootstrap)}, inputs, build, implied=implied)
+    inputs = {"saes": saes, "recurrence": recurring, "evaluation": evaluated}
+    return Stage("stability", 4, {"bootstrap": asdict(how.bootstrap)}, inputs, build, implied=frozenset({"saes"}))
 
 
-def domains(how: Measuring, captured: Captured, sums: Stage, records: Stage) -> Stage:
+def domains(how: Measuring, sums: Stage, records: Stage) -> Stage:
     """Fidelity by domain, from the sums on the validation split: `domains.parquet`, `domains.json`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        names, summed = names_of(blocks_of(inputs["tokens"], "validation")), inputs["sums"]
+        summed = inputs["sums"]
         problems = read_records(inputs["records"].path / "records.parquet")
         roots = [summed.path / site for site in summed.manifest["saes"]]
         validation = [p for p in problems if p.split == "validation"]
-        table, facts = risk.coverage(roots, names, validation, how.bootstrap)
+        table, facts = risk.coverage(roots, summed.manifest["blocks"], validation, how.bootstrap)
         table.to_parquet(path / "domains.parquet", index=False)
         write_json(path / "domains.json", facts)
         return {}
 
-    inputs = {"sums": sums, "records": records, "tokens": captured.tokens}
-    settings = {"bootstrap": asdict(how.bootstrap)}
-    return Stage("domains", 4, settings, inputs, build, implied=frozenset({"tokens"}))
+    return Stage("domains", 4, {"bootstrap": asdict(how.bootstrap)}, {"sums": sums, "records": records}, build)
 
 
 def transfer(
@@ -202,13 +209,13 @@ def transfer(
     validation split: `transfer.json`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        def measurements(name: str, split: str) -> tuple[Path, list[str], dict[str, dict[str, Any]]]:
-            sums, evaluated, tokens = (inputs[f"{name}/{part}"] for part in ("sums", "evaluation", "tokens"))
-            return sums.path / site, names_of(blocks_of(tokens, split)), metrics_of(evaluated)
+        def measurements(name: str) -> tuple[Path, list[str], dict[str, dict[str, Any]]]:
+            sums = inputs[f"{name}/sums"]
+            return sums.path / site, sums.manifest["blocks"], metrics_of(inputs[f"{name}/evaluation"])
 
         datasets = {}
         for name in away:
-            compared = elsewhere.compare(ids, measurements("home", "validation"), measurements(name, "test"), how.bootstrap)
+            compared = elsewhere.compare(ids, measurements("home"), measurements(name), how.bootstrap)
             taken = inputs[f"{name}/records"].manifest
             datasets[name] = {"examples": taken["examples"]["test"], "left_out": taken["left_out"], "saes": compared}
             datasets[name]["over_seeds"] = elsewhere.over_seeds(compared)
@@ -217,7 +224,7 @@ def transfer(
 
     inputs: dict[str, Stage] = {}
     for name, at in {"home": home, **{name: m for name, (_, m) in away.items()}}.items():
-        inputs |= {f"{name}/sums": at.sums, f"{name}/evaluation": at.evaluation, f"{name}/tokens": at.captured.tokens}
+        inputs |= {f"{name}/sums": at.sums, f"{name}/evaluation": at.evaluation}
     inputs |= {f"{name}/records": records for name, (records, _) in away.items()}
     settings = {"saes": list(ids), "site": site, "bootstrap": asdict(how.bootstrap)}
     implied = frozenset(name for name in inputs if not name.endswith("/evaluation"))
@@ -230,19 +237,19 @@ def rewording(
     """Validation examples worded differently, and what the latents of an SAE are on them: `tokens/`, `latents/`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
-        problems = read_records(inputs["records"].path / "records.parquet")
+        model, problems = hosted(captured), read_records(inputs["records"].path / "records.parquet")
         length = inputs["tokens"].manifest["context_length"]
         facts = wordings.write_variants(
-            path / "tokens", problems, how.config.invariance, captured.model.tokenizer, length, rows_per_block, how.seed
+            path / "tokens", problems, how.config.invariance, model.tokenizer, length, rows_per_block, how.seed
         )
         sae = inputs["saes"].path / "saes" / sae_id
         task = wordings.Reading(site, sae, path / "latents", how.tokens_per_forward)
-        model, works = captured.model.loading(inputs), {"reworded examples": task}
-        cost = over_blocks(bench, works, facts["blocks"], wordings.done, path / "tokens", model)
+        works = {"reworded examples": task}
+        cost = over_blocks(bench, works, facts["blocks"], wordings.done, path / "tokens", model.loading(inputs))
         return {"cost": {"tokens": sum(facts["rows"].values()), **cost}}
 
     settings = {"sae": sae_id, "examples": how.config.invariance, "seed": how.seed}
-    inputs = {"saes": saes, "records": records, "tokens": captured.tokens, **captured.model.inputs}
+    inputs = {"saes": saes, "records": records, **captured.inputs}
     implied = frozenset(inputs) - {"saes", "tokens"}
     return Stage("rewording", 1, settings, inputs, build, implied=implied)
 
@@ -296,7 +303,7 @@ def features(
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         e, tokens = how.config, inputs["tokens"]
         settings = latent_features.Settings(how.bootstrap, e.feature_rows, e.contexts)
-        decode = captured.model.tokenizer.backend_tokenizer.decode
+        decode = hosted(captured).tokenizer.backend_tokenizer.decode
         say(f"features: {sae_id}")
         start = perf_counter()
         corpus = latent_features.Corpus(
@@ -313,8 +320,15 @@ def features(
 
     e = how.config
     settings = {"sae": sae_id, "rows": e.feature_rows, "contexts": e.contexts, "bootstrap": asdict(how.bootstrap)}
-    inputs = {"saes": saes, "records": records, "store": captured.store, "tokens": captured.tokens}
+    inputs = {"saes": saes, "records": records, **captured.inputs}
     return Stage("features", 3, settings, inputs, build, implied=frozenset(inputs) - {"saes"})
+
+
+def hosted(captured: Captured) -> Model:
+    """The model that activations are of; ValueError where they are vectors from elsewhere."""
+    if captured.model is None:
+        raise ValueError("these activations are of no model that could be asked")
+    return captured.model
 
 
 @contextmanager

@@ -174,7 +174,7 @@ class Sweep:
         return pack_size(each, placement, d_in, d_sae, self.training.batch_size, device_bytes)
 
 
-def saes(sweep: Sweep, captured: Captured, data: DataConfig) -> Stage:
+def saes(sweep: Sweep, captured: Captured, data: DataConfig | None = None) -> Stage:
     """The sweep: `saes/`, `history/`, `table.parquet`, `curves.parquet`, and Tune's own `tune/`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
@@ -217,7 +217,9 @@ def saes(sweep: Sweep, captured: Captured, data: DataConfig) -> Stage:
     return Stage("sweep", 9, sweep.identity, captured.inputs, build, implied=implied)
 
 
-def nulls(kinds: Sequence[str], sweep: Sweep, saes: Stage, captured: Captured, data: DataConfig) -> Stage:
+def nulls(
+    kinds: Sequence[str], sweep: Sweep, saes: Stage, captured: Captured, data: DataConfig | None = None
+) -> Stage:
     """Nulls of these kinds, beside the SAEs that they are compared with, made from its store: `saes/`, named in the
     manifest."""
 
@@ -258,23 +260,24 @@ def far_from_zero(offsets: Mapping[str, float]) -> list[str]:
     ]
 
 
-def trial_of(sweep: Sweep, inputs: Inputs, model: Model, data: DataConfig, root: Path) -> Trial:
+def trial_of(sweep: Sweep, inputs: Inputs, model: Model | None, data: DataConfig | None, root: Path) -> Trial:
     """The trial of a run's SAEs or nulls, with what SAELens needs to run an SAE's model, and nothing of this machine: a
     model or dataset that is not on the hub has no name here. `raysae_model` identifies it by its weights."""
-    store, tokens, hosted = inputs["store"], inputs["tokens"].manifest, model.fingerprint(inputs)
-    source = (GSM8K_HUB[0] if data.source == "gsm8k" else None) if data.path is None else data.path
-    on_hub = data.path is None or not Path(data.path).exists()
-    metadata = {
+    store = inputs["store"]
+    metadata: dict[str, Any] = {"raysae_version": __version__, "raysae_store": store.path.name}
+    if model is None:
+        return sweep.trial(store.path, root, metadata)
+    tokens, hosted, name = inputs["tokens"].manifest, model.fingerprint(inputs), None
+    if data is not None and (data.path is None or not Path(data.path).exists()):
+        name = GSM8K_HUB[0] if data.source == "gsm8k" and data.path is None else data.path
+    metadata |= {
         "model_name": hosted["name"] if hosted["revision"] is not None else None,
         "context_size": tokens["context_length"],
         "prepend_bos": tokens["separator_id"] is not None,
         "exclude_special_tokens": True,
-        "dataset_path": source if on_hub else None,
-        "raysae_version": __version__,
-        "raysae_store": store.path.name,
+        "dataset_path": name,
         "raysae_model": model.identity(inputs),
     }
-    sites = tuple(store.manifest["sites"])
     as_loaded: dict[str, Any] = {"dtype": model.dtype}
     if hosted["revision"] is not None:
         as_loaded["revision"] = hosted["revision"]
@@ -282,8 +285,9 @@ def trial_of(sweep: Sweep, inputs: Inputs, model: Model, data: DataConfig, root:
         as_loaded["trust_remote_code"] = True
     as_published = {"dtype": model.dtype, "center_writing_weights": False}
     loading = {"HookedTransformer": as_published, "AutoModelForCausalLM": as_loaded}
+    named = saelens_hooks(model.at(inputs), tuple(store.manifest["sites"]), model.revision, model.trust_remote_code)
     hooks = {
         site: {**hook._asdict(), "model_from_pretrained_kwargs": loading[hook.model_class_name]}
-        for site, hook in saelens_hooks(model.at(inputs), sites, model.revision, model.trust_remote_code).items()
+        for site, hook in named.items()
     }
     return replace(sweep.trial(store.path, root, metadata), hooks=hooks)

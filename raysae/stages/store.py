@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysae.activations import capture
+from raysae.activations.write import Vectors, write_vectors
 from raysae.errors import UserError
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
@@ -21,21 +22,39 @@ if TYPE_CHECKING:
 
 
 class Captured(NamedTuple):
-    """A store, and what it is of."""
+    """A store, and what it is of: a model on tokens, unless it is of vectors from elsewhere."""
 
     store: Stage
-    tokens: Stage
-    model: Model
+    tokens: Stage | None = None
+    model: Model | None = None
 
     @property
     def inputs(self) -> dict[str, Stage]:
-        """Of a stage that reads all three."""
-        return {"store": self.store, "tokens": self.tokens, **self.model.inputs}
+        """Of a stage that reads all there is of it."""
+        of_tokens = {"tokens": self.tokens} if self.tokens else {}
+        return {"store": self.store, **of_tokens, **(self.model.inputs if self.model else {})}
 
 
 def captured(tokens: Stage, model: Model, sites: Sequence[str], config: CaptureConfig, seed: int) -> Captured:
     """The activations of a model at some sites on tokens."""
     return Captured(store(tokens, model, sites, config, seed), tokens, model)
+
+
+def vectors(
+    settings: Mapping[str, Any], make: Callable[[], tuple[Mapping[str, Vectors], Any]], *, dtype: str = "float32",
+    seed: int = 0, rows_per_shard: int = 65_536,
+) -> Captured:  # fmt: skip
+    """A store of what `make` gives, vectors by site and the columns of their rows, as `activations.write_store` takes them.
+
+    settings: what these depend on; they name the store.
+    """
+
+    def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
+        by_site, columns = make()
+        return write_vectors(path, by_site, columns, dtype=dtype, seed=seed, rows_per_shard=rows_per_shard)
+
+    named = {"vectors": settings, "dtype": dtype, "seed": seed, "rows_per_shard": rows_per_shard}
+    return Captured(Stage("store", 3, named, {}, build))
 
 
 def store(tokens: Stage, model: Model, sites: Sequence[str], config: CaptureConfig, seed: int) -> Stage:

@@ -19,6 +19,7 @@ from raysae.gates.criteria import load_gate
 from raysae.gates.waivers import load_waiver, read_basis
 from raysae.looks import look
 from raysae.plan.budget import ITEMS, spending
+from raysae.report import Part, page, write_report
 from raysae.run import Run
 from raysae.seal import IDENTITY, identity_of
 from raysae.workspace import Workspace
@@ -135,8 +136,9 @@ class Study:
         total = {key: sum(s[key] for s in stages) for key in keys}
         return {"stages": stages, "total": total, "budget": spending(stages, self.job.budget.model_dump())}
 
-    def write(self, fill: Callable[[Path], None]) -> Run:
-        """The run's directory, with its report, unless it is there: replaced as one whole by what `fill` writes."""
+    def write(self, fill: Callable[[Path], None], parts: Sequence[Part] = ()) -> Run:
+        """The run's directory, unless it is there: replaced as one whole by what `fill` writes, and the page of `parts`, or
+        of a sweep."""
         directory, ledger, names = self.directory, self.ledger(), list(self.workspace.made)
         reused = all(made.reused for made in self.workspace.made.values())
         whole = reused and run_folder.stands(directory, names, self.job.verify)
@@ -151,7 +153,13 @@ class Study:
             write_json(folder / "ledger.json", ledger)
             fill(folder)
 
-        run_folder.write(directory, self.root, names, fingerprint(self.identity()), fill_all)
+        def report(folder: Path) -> None:
+            if parts:
+                page(parts, folder)
+            else:
+                write_report(folder)
+
+        run_folder.write(directory, self.root, names, fingerprint(self.identity()), fill_all, report)
         return Run(directory)
 
 

@@ -42,7 +42,6 @@ from raysae.stages import data, evidence, store
 from raysae.stages import model as models
 from raysae.stages.evidence import Measured, Measuring, in_section, metrics_of
 from raysae.stages.saes import Sweep, nulls, saes
-from raysae.stages.work import blocks_of, names_of
 from raysae.studies.study import Study, bench_of
 from raysae.sweep.collect import alike
 from raysae.sweep.replay import Replay
@@ -131,10 +130,10 @@ class SweepStudy(Study):
         if not len(measured):  # no SAE completed its training
             return table, controls, []
         how, (captured, _, sums, evaluated) = self.measuring, self.validation
-        stages = [("", evidence.domains(how, captured, sums, self.records))]
+        stages = [("", evidence.domains(how, sums, self.records))]
         if len(self.job.sweep.seeds) > 1:
             recurrence = evidence.recurrence(how, captured, self.saes, sums)
-            stages.append(("", evidence.stability(how, self.saes, self.tokens, recurrence, evaluated)))
+            stages.append(("", evidence.stability(how, self.saes, recurrence, evaluated)))
             recurring = self.workspace.make(stages[-1][1]).manifest["stability"]
             table = table.merge(stability_columns(recurring), on="sae_id", how="left")
             for c in controls.values():  # an untrained SAE's decoder is random directions: it is as stable as the null
@@ -145,7 +144,7 @@ class SweepStudy(Study):
     def judge(self, table: pd.DataFrame, controls: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """The content of decision.json: the choices, measured once more on test. Adds `pareto` and `passes_gate` to the
         table."""
-        subtract = self._paired("validation", self.controls)
+        subtract = self._paired(self.controls)
         choice = choose(table, self.gate, controls, self.waiver, subtract, list(self.sites))
         table["pareto"] = table["sae_id"].isin(choice.front)
         table["passes_gate"] = table["sae_id"].map(lambda i: i in choice.verdicts and passes(choice.verdicts[i]))
@@ -165,7 +164,7 @@ class SweepStudy(Study):
             null_metrics = self._metrics_of_nulls(again, held)
             for name, c in null_metrics.items():
                 c |= {n: v for n, v in controls[name].items() if n.startswith("stability_")}
-            on_test = null_metrics, self._paired("test", again)
+            on_test = null_metrics, self._paired(again)
         validation = {i: rows[i] for i in choice.chosen}
         return decide(
             self.gate, str(self.job.gate), choice, controls, tests, self.waiver, self.basis, validation, looks,
@@ -276,15 +275,16 @@ class SweepStudy(Study):
             metrics |= evidence.metrics_of_nulls(self._nulls(control), self.workspace.make(control.evaluation))
         return metrics if only is None else {name: m for name, m in metrics.items() if name in only}
 
-    def _paired(self, split: str, measured: Sequence[Measured]) -> Callable[..., Any]:
-        """Differences between any two SAEs and nulls, as they were measured on a split."""
-        blocks, metrics = blocks_of(self.workspace.make(self.tokens), split), dict[str, dict[str, Any]]()
-        roots = []
+    def _paired(self, measured: Sequence[Measured]) -> Callable[..., Any]:
+        """Differences between any two SAEs and nulls, as they were measured on one split."""
+        metrics: dict[str, dict[str, Any]] = {}
+        roots, blocks = list[Path](), list[str]()
         for m in measured:
             sums = self.workspace.make(m.sums)
+            blocks = sums.manifest["blocks"]
             roots += [sums.path / site for site in sums.manifest["saes"]]
             metrics |= metrics_of(self.workspace.make(m.evaluation))
-        return Paired.read(roots, names_of(blocks), metrics, self.measuring.bootstrap).difference
+        return Paired.read(roots, blocks, metrics, self.measuring.bootstrap).difference
 
     # ------------------------------------------------------------------------------------------------------------------
     # What the run is, and what it may cost
