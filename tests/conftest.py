@@ -22,6 +22,7 @@ ON_RAY = (
     "test_flow.py",
     "test_jobs_api.py",
     "test_replicate.py",
+    "test_study.py",
     "test_wheel.py",
 )
 """Files whose tests start Ray or use its cluster. Under xdist one worker runs them all, so that there is one cluster."""

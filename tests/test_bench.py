@@ -1,6 +1,7 @@
 """Both benches do the same work with the same bits; the plain loop prunes, splits packs, tries again and goes on."""
 
 import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +35,7 @@ SITE, D = "blocks.1.resid_post", 8
 SHARED = recipe(4096, 128, 0.1, 0.2, 0.1, 512)
 COMMON = Common(base_learning_rate=5e-4)
 GRID = {"relu": [0.05, 50.0], "topk": [2, 4]}
-EAGER = Pruning(0.0, 1024)
-"""Of two seeds of an SAE, one may be just so much better; those of a large L1 collapse."""
+EAGER = Pruning(0.02, 1024)
 RANGES = {"relu": (0.01, 100.0), "topk": (2, 12)}
 
 
@@ -47,23 +47,31 @@ class Sweep:
     root: Path
     grid: bool = True
     pack_size: int = 1
-    seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         (site,) = self.store.sites
         self.widths = {site: self.store.d_model(site)}
         self.plan = proposals(self.widths, ["relu", "topk"], [2, 4], GRID if self.grid else None, 2)
-        self.trial = Trial(self.store.path, SHARED, 4, 0, self.root, {"model_name": "toy"})
+        self.trial = Trial(self.store, SHARED, 4, 0, self.root, {"model_name": "toy"})
+
+    def with_a_better_one(self) -> "Sweep":
+        """After an earlier driver, in which an SAE was better at half of the tokens than those of its width."""
+        (site, d_in), *_ = self.widths.items()
+        rung = {"sae_id": "better", "site": site, "architecture": "relu", "d_sae": 2 * d_in, "tokens": 2048}
+        (self.root / "history").mkdir(parents=True)
+        numbers = {"fvu": 0.0, "l0": 0.2, "loss": 0.0, "dead_fraction": 0.0, "learning_rate": 0.0, "diverged": False}
+        (self.root / "history" / "better.jsonl").write_text(json.dumps(rung | numbers) + "\n")
+        return self
 
     def run(self, bench: Bench, pruning: Pruning = Pruning()) -> pd.DataFrame:  # noqa: B008
         before = ended(self.root, self.trial.tokens)
-        search = PackSearch(self.plan, self.widths, RANGES, self.seeds, COMMON, self.pack_size, 0, self.root, before)
+        search = PackSearch(self.plan, self.widths, RANGES, [0], COMMON, self.pack_size, 0, self.root, before)
         self.failed = bench.search(search, self.trial, pruning)
         self.search = search
         return self.table()
 
     def table(self) -> pd.DataFrame:
-        ids = asked(self.plan, self.widths, self.seeds, COMMON, self.root)
+        ids = asked(self.plan, self.widths, [0], COMMON, self.root)
         table = training_table(self.root, self.failed, ids, self.trial.tokens, self.store.rows("train"), 512)
         return table.drop(columns="train_seconds").set_index("sae_id")
 
@@ -131,6 +139,8 @@ def test_a_store_has_the_same_bits(captured):
 )
 def test_a_sweep_has_the_same_bits(ray_bench, two_threads, captured, tmp_path, grid, pack_size, pruning):
     sweeps = {name: Sweep(captured["local"], tmp_path / name, grid, pack_size) for name in ("local", "ray")}
+    if pruning.margin is not None:
+        sweeps = {name: sweep.with_a_better_one() for name, sweep in sweeps.items()}
     tables = {name: sweeps[name].run({"local": LocalBench(), "ray": ray_bench}[name], pruning) for name in sweeps}
     pd.testing.assert_frame_equal(tables["local"], tables["ray"], check_exact=True)
     local, ray = (sweeps[name].root for name in ("local", "ray"))
@@ -273,14 +283,16 @@ def test_an_interrupted_sweep_goes_on_to_the_same_bits(store, whole, tmp_path, m
 
 
 @pytest.mark.parametrize("pack_size", [1, 6])
-def test_what_is_dominated_is_stopped_and_stays_so(store, tmp_path, pack_size):
-    sweep = Sweep(store, tmp_path, pack_size=pack_size, seeds=(0, 1))
+def test_what_is_pruned_is_stopped_and_stays_so(store, tmp_path, pack_size):
+    sweep = Sweep(store, tmp_path, pack_size=pack_size).with_a_better_one()
     table = sweep.run(LocalBench(), EAGER)
     stopped = table[table["status"] == "pruned"]
     assert 0 < len(stopped) < len(table) and (stopped["tokens"] >= 1024).all() and (stopped["tokens"] < 4096).all()
+    assert stopped["status_reason"].str.contains("collapsed").any()
+    assert stopped["status_reason"].str.contains("dominated by better").any() == (pack_size == 1)
     for sae_id, row in stopped.iterrows():
         assert row["status_reason"] == pruned(tmp_path, str(sae_id)) and not (tmp_path / "saes" / str(sae_id)).exists()
-    pd.testing.assert_frame_equal(Sweep(store, tmp_path, pack_size=pack_size, seeds=(0, 1)).run(LocalBench()), table)
+    pd.testing.assert_frame_equal(Sweep(store, tmp_path, pack_size=pack_size).run(LocalBench()), table)
 
 
 def test_a_replay_stops_where_it_says(store, whole, tmp_path):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from raysae.artifacts import fingerprint
 from raysae.progress import say
@@ -15,6 +13,9 @@ from raysae.sae.train import Member
 from raysae.sweep import collect
 from raysae.sweep.space import COEFFICIENT, Common, Proposal, members, range_at, width
 from raysae.sweep.trial import ProposedPack
+
+if TYPE_CHECKING:
+    import optuna
 
 
 class PackSearch:
@@ -41,7 +42,6 @@ class PackSearch:
         ended: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.root, self.ended = root, dict(ended or {})
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.plan, self.widths, self.ranges = list(plan), dict(widths), dict(ranges)
         self.seeds, self.common, self.pack_size, self.seed = list(seeds), common, pack_size, seed
         self.queue: dict[str, list[Member]] = defaultdict(list)  # by site, not yet in a pack
@@ -109,8 +109,11 @@ class PackSearch:
     def _coefficient(self, proposal: Proposal) -> float:
         if proposal.coefficient is not None:
             return proposal.coefficient
+        import optuna  # a grid does without
+
         key = (proposal.site, proposal.architecture)
         if key not in self.studies:
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
             sampler = optuna.samplers.TPESampler(seed=self.seed + len(self.studies))
             self.studies[key] = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
         study = self.studies[key]
@@ -138,13 +141,19 @@ class PackSearch:
         else:
             other = value
         if other != value:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._forget(key, trial)
             trial, value = ask({name: other})
         if self.root and noted is None:
             collect.note_proposal(self.root, proposal.index, value)
         taken.add(value)
         self.open[proposal.index] = (key, trial)
         return value
+
+    def _forget(self, key: tuple[str, str], trial: optuna.trial.Trial) -> None:
+        """Let Optuna learn nothing of a trial."""
+        from optuna.trial import TrialState
+
+        self.studies[key].tell(trial, state=TrialState.FAIL)
 
     def reported(self, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         """Hear of a rung: metrics by sae_id. A member that its pack drops is judged by its last one."""
@@ -185,4 +194,4 @@ class PackSearch:
             if good:
                 self.studies[key].tell(trial, [sum(v) / len(good) for v in zip(*good, strict=True)])
             else:
-                self.studies[key].tell(trial, state=optuna.trial.TrialState.FAIL)
+                self._forget(key, trial)
