@@ -26,8 +26,8 @@ from raysae.errors import UserError
 from raysae.files import folder_name, read_json, sha256_of, whole_folder, write_atomic, write_json, write_sealed
 
 REQUIRED = ("example_id", "group", "split")
-OWN_FOLDERS = ("rows", "shards", "attempts")
-"""Names below a store that no site can have."""
+OWN_NAMES = ("rows", "shards", "attempts", MANIFEST)
+"""Names in a store that no site can have."""
 Vectors = np.ndarray | Tensor | Iterable[np.ndarray | Tensor]
 """An array [rows, d], or blocks of it [some rows, d] in order."""
 
@@ -262,7 +262,7 @@ def _encoded(table: pa.Table) -> pa.Table:
 def _check_sites(vectors: Mapping[str, Vectors]) -> None:
     if not vectors:
         raise UserError("vectors: there are no sites; give an array for at least one")
-    folders: dict[str, str] = {name: "the store's own" for name in OWN_FOLDERS}
+    folders: dict[str, str] = {name: "the store's own" for name in OWN_NAMES}
     for site in vectors:
         folder = folder_name(site, "vectors").casefold()
         if folder in folders:

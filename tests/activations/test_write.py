@@ -177,6 +177,7 @@ WRONG = {
     "one dimension": (lambda v, c: ({"here": v[:, 0]}, c), r"vectors\.here: an array of shape \[300\], not \[rows, d\]"),
     "no site": (lambda v, c: ({}, c), r"vectors: there are no sites"),
     "own folder": (lambda v, c: ({"rows": v}, c), r"vectors: 'rows' has the same folder as"),
+    "manifest": (lambda v, c: ({"Manifest.json": v}, c), r"vectors: 'Manifest.json' has the same folder as"),
     "same folder": (lambda v, c: ({"a": v, "A": v}, c), r"vectors: 'A' has the same folder as 'a'"),
     "path": (lambda v, c: ({"../a": v}, c), r"vectors: '\.\./a' is not the name of a folder"),
     "no split": (lambda v, c: ({"here": v}, {k: c[k] for k in ("example_id", "group")}), r"columns: there is no split"),
