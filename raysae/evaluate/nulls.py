@@ -92,8 +92,8 @@ class Peer(NamedTuple):
         if kind in LINEAR:
             d_sae = min(config.d_sae, config.d_in)
             return f"control-{kind}-{d_sae}-k{min(self.k, d_sae)}-{self.site}"
-        of = config.architecture if kind == "untrained" else self.code
-        return f"control-{kind}-{of}-{config.d_sae}-k{self.k}-{self.site}"
+        architecture = config.architecture if kind == "untrained" else self.code
+        return f"control-{kind}-{architecture}-{config.d_sae}-k{self.k}-{self.site}"
 
     @property
     def code(self) -> str:
@@ -127,7 +127,7 @@ def compared(table: pd.DataFrame) -> pd.DataFrame:
 def build(
     root: Path,
     kinds: Sequence[str],
-    found: Iterable[Peer],
+    trained: Iterable[Peer],
     trial: Trial,
     losses: Losses,
     seed: int,
@@ -143,51 +143,30 @@ def build(
     maker = _Maker(trial.source, seed)
     facts: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in kinds}
     packs: dict[str, dict[str, list[Member]]] = {kind: {} for kind in TRAINED}
-    for peer in found:
+    for peer in trained:
         config = peer.sae.config
-        for kind in kinds:
-            name = peer.null(kind)
-            if kind in TRAINED and not peer.median:
-                continue
-            if name in facts[kind]:
-                known = facts[kind][name]
-                known["beside"].append(peer.sae_id)
-                if kind in LINEAR:
-                    known["latents"] = max(known["latents"], config.d_sae)
-                continue
-            more = dict[str, Any]()
-            if kind in TRAINED:
-                size = config
-                if not _there(root, name):
+        for kind in kinds if peer.median else [kind for kind in kinds if kind not in TRAINED]:
+            name, nulls = peer.null(kind), facts[kind]
+            if name not in nulls:
+                size, more = config, dict[str, Any]()
+                if kind not in TRAINED:
+                    size, more = maker.made(root, name, kind, peer)
+                elif not _is_there(root, name):
                     packs[kind].setdefault(peer.site, []).append(Member(name, config, peer.learning_rate, losses))
-            else:
-                if _there(root, name):
-                    size = formats.load(root / "saes" / name).config
-                    more = read_json_if(root / "facts" / f"{name}.json")
-                else:
-                    null, more = maker.make(kind, peer)
-                    size = null.config
-                    (root / "facts").mkdir(parents=True, exist_ok=True)
-                    write_json(root / "facts" / f"{name}.json", more)
-                    formats.save(null, root / "saes" / name)
-                if kind in LINEAR:
-                    more = more | {"latents": config.d_sae}
-            facts[kind][name] = {
-                "kind": kind,
-                "site": peer.site,
-                "architecture": config.architecture,
-                "d_sae": size.d_sae,
-                "expansion_factor": size.d_sae / size.d_in,
-                "beside": [peer.sae_id],
-                **more,
-            }
+                nulls[name] = {
+                    "kind": kind, "site": peer.site, "architecture": config.architecture, "d_sae": size.d_sae,
+                    "expansion_factor": size.d_sae / size.d_in, "beside": [], **more,
+                }  # fmt: skip
+            nulls[name]["beside"].append(peer.sae_id)
+            if kind in LINEAR:
+                nulls[name]["latents"] = max(nulls[name].get("latents", 0), config.d_sae)
     for kind, pack in packs.items():
         if pack:
             train(replace(trial, root=root, shuffled=kind == "shuffled_rows"), pack)
-    return {name: {**known, "made": _there(root, name)} for of in facts.values() for name, known in of.items()}
+    return {name: {**null, "made": _is_there(root, name)} for nulls in facts.values() for name, null in nulls.items()}
 
 
-def _there(root: Path, name: str) -> bool:
+def _is_there(root: Path, name: str) -> bool:
     return (root / "saes" / name / "cfg.json").exists()
 
 
@@ -197,6 +176,16 @@ class _Maker:
     def __init__(self, source: Source, seed: int) -> None:
         self.source, self.seed = source, seed
         self._codes: dict[tuple[str, str, int], tuple[SAE, bool | None]] = {}
+
+    def made(self, root: Path, name: str, kind: str, peer: Peer) -> tuple[SAEConfig, dict[str, Any]]:
+        """The config of a null below `root/saes/` and the facts of `make`, made only if it is not there."""
+        if _is_there(root, name):
+            return formats.load(root / "saes" / name).config, read_json_if(root / "facts" / f"{name}.json")
+        null, more = self.make(kind, peer)
+        (root / "facts").mkdir(parents=True, exist_ok=True)
+        write_json(root / "facts" / f"{name}.json", more)
+        formats.save(null, root / "saes" / name)
+        return null.config, more
 
     def make(self, kind: str, peer: Peer) -> tuple[SAE, dict[str, Any]]:
         """A null, with its k and on how many rows it was fitted; for ica, whether it converged."""
@@ -360,7 +349,5 @@ def _code(config: SAEConfig, encode: np.ndarray, decode: np.ndarray, mean: np.nd
 
 def beside(facts: Mapping[str, Mapping[str, Any]], kind: str, site: str, architecture: str) -> str | None:
     """The null of a kind for SAEs of this site and architecture, by what `build` returned; None if it was not made."""
-    for name, found in facts.items():
-        if (found["kind"], found["site"], found["architecture"]) == (kind, site, architecture) and found["made"]:
-            return name
-    return None
+    wanted = {"kind": kind, "site": site, "architecture": architecture, "made": True}
+    return next((name for name, null in facts.items() if all(null[k] == v for k, v in wanted.items())), None)

@@ -39,14 +39,7 @@ from raysae.data.records import Problem
 from raysae.errors import UserError
 from raysae.evaluate.linear import Fit, Scored, Settings, cross_validate, group_folds, macro_f1, majority, recall, score
 from raysae.evaluate.nulls import random_sae
-from raysae.evaluate.statistics import (
-    RankScores,
-    cohens_d,
-    family_wise_p,
-    group_weights,
-    interval,
-    paired_permutation,
-)  # fmt: skip
+from raysae.evaluate.statistics import RankScores, cohens_d, family_wise_p, group_weights, interval, paired_permutation
 from raysae.files import write_atomic, write_json
 from raysae.progress import Progress
 from raysae.sae.formats import load
@@ -91,11 +84,7 @@ def subject(store: Path, site: str, sae: Path) -> Subject:
 
 
 def probe(
-    subject: Subject,
-    problems: Sequence[Problem],
-    labels: Sequence[str],
-    settings: Settings,
-    other: Subject | None = None,
+    subject: Subject, problems: Sequence[Problem], labels: Sequence[str], settings: Settings, other: Subject | None = None
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Probe each label: a table with a row per label, input and probe; and by label sizes, gaps, leakage and effects.
 
@@ -114,20 +103,15 @@ def probe(
                 tables.append(pd.DataFrame([{"label": label, "status": "not measured: fewer than two classes"}]))
             else:
                 x = read_rows(store, site, chosen)
-                inputs = {
-                    **surface(chosen),
-                    "raw": x,
-                    "random_sae": latents(random, x),
-                    "sae": latents(sae, x),
-                }
+                inputs = {**surface(chosen), "raw": x, "random_sae": latents(random, x), "sae": latents(sae, x)}
                 if other is not None:
-                    there = align(chosen, other.store, settings.split)
-                    inputs["untrained_model"] = latents(other.sae, read_rows(other.store, other.site, there))
-                table, found = probe_label(inputs, chosen, classes, problems, settings)
+                    same = align(chosen, other.store, settings.split)
+                    inputs["untrained_model"] = latents(other.sae, read_rows(other.store, other.site, same))
+                table, of_label = probe_label(inputs, chosen, classes, problems, settings)
                 tables.append(table.assign(label=label))
-                facts[label] |= found
+                facts[label] |= of_label
             progress.advance(1, label)
-    if not any("gaps" in found for found in facts.values()):
+    if not any("gaps" in of_label for of_label in facts.values()):
         raise _nothing_to_probe(labels, settings.split, settings.folds)
     _adjust(facts)
     table = pd.concat(tables, ignore_index=True)
@@ -195,11 +179,11 @@ def sample(rows: pd.DataFrame, column: str, settings: Settings) -> tuple[pd.Data
 def align(rows: pd.DataFrame, store: Store, split: str) -> pd.DataFrame:
     """Where the same tokens lie in another store, joined by example_id and position; UserError where one is not there."""
     key = ["example_id", "position"]
-    there = row_table(store, split)[[*key, "token_id", "shard", "row"]]
-    found = rows[[*key, "token_id"]].merge(there, on=[*key, "token_id"], how="left", validate="many_to_one")
-    if found["shard"].isna().any():
+    known = row_table(store, split)[[*key, "token_id", "shard", "row"]]
+    aligned = rows[[*key, "token_id"]].merge(known, on=[*key, "token_id"], how="left", validate="many_to_one")
+    if aligned["shard"].isna().any():
         raise UserError(f"untrained: {store.path} lacks tokens of this run; use the same data, split and tokenizer")
-    return found
+    return aligned
 
 
 def read_rows(store: Store, site: str, rows: pd.DataFrame) -> np.ndarray:
@@ -228,8 +212,8 @@ def with_previous(rows: pd.DataFrame) -> pd.DataFrame:
     """`rows` of a `row_table` with the token id before each in its example, `previous_id`; -1 where it is no row."""
     before = rows[["example_id", "position", "token_id"]].assign(position=rows["position"] + 1)
     before = before.rename(columns={"token_id": "previous_id"}).drop_duplicates(["example_id", "position"])
-    found = rows.merge(before, on=["example_id", "position"], how="left")
-    return found.assign(previous_id=found["previous_id"].fillna(-1).astype(np.int64))
+    rows = rows.merge(before, on=["example_id", "position"], how="left")
+    return rows.assign(previous_id=rows["previous_id"].fillna(-1).astype(np.int64))
 
 
 def surface(rows: pd.DataFrame) -> dict[str, sparse.csr_matrix]:
@@ -349,9 +333,7 @@ def probe_inputs(inputs: dict[str, Any], y: np.ndarray, rows: pd.DataFrame, shar
     return probes
 
 
-def fit_and_score(
-    x: Any, y: np.ndarray, k: int | None, shared: Shared, c: float | None = None
-) -> tuple[Fit, Scored]:
+def fit_and_score(x: Any, y: np.ndarray, k: int | None, shared: Shared, c: float | None = None) -> tuple[Fit, Scored]:
     """A cross-validated probe of x [n, d] for labels y [n], with this C, or one that it chooses."""
     settings = shared.settings if c is None else replace(shared.settings, cs=(c,))
     fit = cross_validate(x, y, shared.groups, shared.fold, settings, k)
@@ -460,27 +442,23 @@ def effects(
     counts = np.bincount(y, minlength=len(classes))
     enough = (counts >= FEWEST_GROUPS) & (len(y) - counts >= FEWEST_GROUPS)
     kept, tested = np.flatnonzero(enough), np.flatnonzero(x.getnnz(axis=0) >= FEWEST_FIRING)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "n_rows": len(first),
         "left_out": [name for name, many in zip(classes, enough, strict=True) if not many],
         "tested": len(tested),
         "largest_z": None, "null_largest_z": None, "null_largest_z_95": None, "p": None, "discoveries": 0, "latents": [],
     }  # fmt: skip
     if not len(kept) or not len(tested):
-        return found
+        return facts
     x, positive = x[:, tested], y == kept[:, None]
     scores = RankScores(x)
-    z, auroc, null = (
-        scores.z(positive),
-        scores.auroc(positive),
-        scores.largest_null(positive, permutations, settings.seed),
-    )
+    z, auroc, null = scores.z(positive), scores.auroc(positive), scores.largest_null(positive, permutations, settings.seed)
     p, d = family_wise_p(np.abs(z), null), cohens_d(x, positive)
     fires = (x != 0).astype(np.float64)
-    inside, outside = ((fires.T @ (of / of.sum(1, keepdims=True)).T).T for of in (positive, ~positive))
+    inside, outside = ((fires.T @ (rows / rows.sum(1, keepdims=True)).T).T for rows in (positive, ~positive))
     largest = zip(*np.unravel_index(np.argsort(-np.abs(z), axis=None, kind="stable")[:10], z.shape), strict=True)
     return {
-        **found,
+        **facts,
         "largest_z": float(np.abs(z).max()),
         "null_largest_z": float(null.mean()),
         "null_largest_z_95": float(np.quantile(null, 0.95)),
@@ -513,7 +491,7 @@ def _permutation_p(one: Scored, two: Scored, classes: int, settings: Settings) -
 
 def _adjust(facts: dict[str, Any]) -> None:
     """Adds to each gap its q: Benjamini-Hochberg over all labels and baselines."""
-    gaps = [gap for found in facts.values() for gap in found.get("gaps", {}).values()]
+    gaps = [gap for of_label in facts.values() for gap in of_label.get("gaps", {}).values()]
     for gap, q in zip(gaps, stats.false_discovery_control([gap["p"] for gap in gaps]), strict=True):
         gap["q"] = float(q)
 
@@ -527,10 +505,10 @@ def summary(table: pd.DataFrame, facts: dict[str, Any]) -> str:
     """By label: classes and sizes, a line per input, what sets the latents apart, and what makes a score suspicious."""
     blocks = []
     for label, rows in table.groupby("label", sort=False):
-        found = facts[str(label)]
+        of_label = facts[str(label)]
         measured = rows[rows["status"] == "measured"]
-        rare = f" (too rare: {', '.join(found['dropped'])})" if found["dropped"] else ""
-        head = f"{label}: {', '.join(found['classes'])}{rare}"
+        rare = f" (too rare: {', '.join(of_label['dropped'])})" if of_label["dropped"] else ""
+        head = f"{label}: {', '.join(of_label['classes'])}{rare}"
         if measured.empty:
             blocks.append(f"{head}: {rows['status'].iloc[0]}")
             continue
@@ -538,11 +516,11 @@ def summary(table: pd.DataFrame, facts: dict[str, Any]) -> str:
         shown = pd.DataFrame({f"{name} dense": _cells(dense, name) for name in (*SCORES, "selectivity")}, dense.index)
         on_k = measured[measured["probe"] != "dense"].pivot(index="input", columns="probe", values="macro_f1").round(3)
         shown = shown.join(on_k[[kind for kind in measured["probe"].unique() if kind != "dense"]])
-        gaps = [f"{name} {gap['macro_f1']:+.3f} (q {gap['q']:.2g})" for name, gap in found["gaps"].items()]
-        effect = found["effects"]
-        flags = [f"! {check['flag']}" for check in found["leakage"].values() if check["flag"]]
+        gaps = [f"{name} {gap['macro_f1']:+.3f} (q {gap['q']:.2g})" for name, gap in of_label["gaps"].items()]
+        effect = of_label["effects"]
+        flags = [f"! {check['flag']}" for check in of_label["leakage"].values() if check["flag"]]
         lines = [
-            f"{head}; {found['n_rows']} rows, {found['n_groups']} groups",
+            f"{head}; {of_label['n_rows']} rows, {of_label['n_groups']} groups",
             shown.rename_axis(None).to_string(na_rep="–"),
             *(f"{row.input}: {row.status}" for row in rows[rows["status"] != "measured"].itertuples()),
             f"macro-F1 of the latents' dense probe above {', '.join(gaps)}",
