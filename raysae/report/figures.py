@@ -52,38 +52,22 @@ class Drawn(NamedTuple):
     large: bool = False
 
 
-def pareto(table: pd.DataFrame, decision: Mapping[str, Any]) -> Figure:
-    """FVU against L0: every SAE with its interval, the Pareto front, the gate's bounds, the chosen SAE."""
-    figure, axes = _axes("L0: active latents per token (log)", "FVU: share of variance unexplained", LARGE)
-    _log_x(axes)
-    front = _plotted(table, "l0", "fvu")
-    front = front[front.get("pareto", pd.Series(False, index=front.index)).fillna(False).astype(bool)]
-    groups = [part for _, part in front.groupby("site")] if "site" in front else [front]
-    for part in groups:
-        ordered = part.sort_values("l0")
-        axes.plot(ordered["l0"], ordered["fvu"], color=FAINT, linewidth=1.2, zorder=1)
-    _marks(axes, table, decision, "l0", "fvu")
-    iso = _iso(axes, table, decision, "fvu")
-    return _finish(figure, axes, table, decision, "l0", "fvu", more=iso)
-
-
-def against_l0(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) -> Figure:
-    """A metric of the spliced language model against L0."""
-    figure, axes = _axes("L0: active latents per token (log)", label(metric))
-    _log_x(axes)
-    _marks(axes, table, decision, "l0", metric)
-    iso = _iso(axes, table, decision, metric)
-    return _finish(figure, axes, table, decision, "l0", metric, more=iso)
-
-
-def against_sparsity(table: pd.DataFrame, decision: Mapping[str, Any], knob: str, metric: str) -> Figure:
-    """FVU or L0 against the knob that sets an architecture's sparsity: one of COEFFICIENTS."""
-    figure, axes = _axes(f"{label(knob)} (log)", label(metric))
-    _log_x(axes)
-    if metric == "l0":
-        _log_y(axes)
-    _marks(axes, table, decision, knob, metric)
-    return _finish(figure, axes, table, decision, knob, metric)
+def against(table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str) -> Figure:
+    """A metric against L0, or against the knob that sets an architecture's sparsity (one of COEFFICIENTS): every SAE with
+    its interval, the gate's bounds, the chosen SAE. Of FVU against L0 the Pareto front, and of what was traded against L0
+    what would have scored as well."""
+    is_pareto = (x, y) == ("l0", "fvu")
+    x_label = "L0: active latents per token (log)" if x == "l0" else f"{label(x)} (log)"
+    y_label = "FVU: share of variance unexplained" if is_pareto else label(y)
+    figure, axes = _axes(x_label, y_label, LARGE if is_pareto else SMALL)
+    _log(axes, "x", *("y" if y == "l0" else ""))
+    if is_pareto and "pareto" in table:
+        front = _plotted(table, x, y).query("pareto == True")
+        for _, part in front.groupby("site"):
+            ordered = part.sort_values("l0")
+            axes.plot(ordered["l0"], ordered["fvu"], color=FAINT, linewidth=1.2, zorder=1)
+    _marks(axes, table, decision, x, y)
+    return _finish(figure, axes, table, decision, x, y, more=_iso(axes, table, decision, y) if x == "l0" else [])
 
 
 def against_expansion(table: pd.DataFrame, decision: Mapping[str, Any], metric: str) -> Figure:
@@ -91,7 +75,7 @@ def against_expansion(table: pd.DataFrame, decision: Mapping[str, Any], metric: 
     figure, axes = _axes("Expansion factor: d_sae / d_in", label(metric))
     widths = _widths(table)
     if metric == "l0":
-        _log_y(axes)
+        _log(axes, "y")
     places = table.assign(_place=table.get("expansion_factor", np.nan))
     architectures = sorted(table["architecture"].unique(), key=lambda a: [*MARKERS, a].index(a))
     shift = {a: 0.24 * (i - (len(architectures) - 1) / 2) for i, a in enumerate(architectures)}
@@ -109,7 +93,7 @@ def training(curves: pd.DataFrame, table: pd.DataFrame, decision: Mapping[str, A
     """FVU or L0 of each SAE on a fixed validation sample over its training tokens, one point per rung."""
     figure, axes = _axes("Training tokens", f"{label(metric)} on a sample of validation")
     if metric == "l0":
-        _log_y(axes)
+        _log(axes, "y")
     axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
     colours, rows = _colours(table), {row["sae_id"]: row for row in records(table)}
     for sae_id, part in curves.groupby("sae_id"):
@@ -118,17 +102,12 @@ def training(curves: pd.DataFrame, table: pd.DataFrame, decision: Mapping[str, A
         row, line = rows[sae_id], part.sort_values("tokens")
         values = line[metric].where(np.isfinite(line[metric]) & ((line[metric] > 0) | (metric != "l0")))
         is_lead = sae_id == lead(decision)[0]
-        axes.plot(
-            line["tokens"],
-            values,
-            color=colours.get(row.get("expansion_factor"), FAINT),
-            linestyle=DASHES.get(row["architecture"], ":"),
-            linewidth=2.6 if is_lead else 1.1,
-            alpha=1.0 if is_lead else 0.75 if row.get("status") == "completed" else 0.3,
-            marker="." if len(line) < 3 else None,
-            zorder=4 if is_lead else 2,
-            gid=f"sae:{sae_id}",
-        )
+        style: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.75 if row["status"] == "completed" else 0.3, "zorder": 2}
+        if is_lead:
+            style = {"linewidth": 2.6, "alpha": 1.0, "zorder": 4}
+        style |= {"linestyle": DASHES.get(row["architecture"], ":"), "marker": "." if len(line) < 3 else None}
+        colour = colours.get(row.get("expansion_factor"), FAINT)
+        axes.plot(line["tokens"], values, color=colour, gid=f"sae:{sae_id}", **style)
     return _finish(figure, axes, table, decision, "tokens", metric, lines=True)
 
 
@@ -145,24 +124,20 @@ def densities(histogram: Mapping[str, Any]) -> Figure:
 
 def draw(table: pd.DataFrame, curves: pd.DataFrame | None, decision: Mapping[str, Any]) -> dict[str, Drawn]:
     """Every figure that has something to show, by file name; the Pareto plot always."""
-    figures = {"pareto": Drawn("FVU against L0", pareto(table, decision), large=True)}
+    figures = {"pareto": Drawn("FVU against L0", against(table, decision, "l0", "fvu"), large=True)}
     for metric in ("fvu", "l0"):
         if len(_plotted(table, "expansion_factor", metric)):
-            title = f"{label(metric)} against the expansion factor"
-            figures[f"{metric}_by_expansion"] = Drawn(title, against_expansion(table, decision, metric))
-    for knob in COEFFICIENTS:
-        for metric in ("fvu", "l0"):
-            if len(_plotted(table, knob, metric)):
-                title = f"{label(metric)} against {'k' if knob == 'k' else f'the {label(knob)}'}"
-                figures[f"{metric}_by_{knob}"] = Drawn(title, against_sparsity(table, decision, knob, metric))
-    for metric in ("ce_loss_recovered", "ce_delta"):
-        if len(_plotted(table, "l0", metric)):
-            title = f"{label(metric)} against L0"
-            figures[f"{metric}_by_l0"] = Drawn(title, against_l0(table, decision, metric))
+            title, figure = f"{label(metric)} against the expansion factor", against_expansion(table, decision, metric)
+            figures[f"{metric}_by_expansion"] = Drawn(title, figure)
+    pairs = [(knob, metric) for knob in COEFFICIENTS for metric in ("fvu", "l0")]
+    for x, metric in [*pairs, ("l0", "ce_loss_recovered"), ("l0", "ce_delta")]:
+        if len(_plotted(table, x, metric)):
+            title = f"{label(metric)} against {'' if x in ('k', 'l0') else 'the '}{label(x)}"
+            figures[f"{metric}_by_{x}"] = Drawn(title, against(table, decision, x, metric))
     for metric in ("fvu", "l0"):
         if curves is not None and metric in curves and curves[metric].notna().any():
-            title = f"{label(metric)} over training"
-            figures[f"{metric}_over_training"] = Drawn(title, training(curves, table, decision, metric))
+            figure = training(curves, table, decision, metric)
+            figures[f"{metric}_over_training"] = Drawn(f"{label(metric)} over training", figure)
     return figures
 
 
@@ -240,22 +215,13 @@ def _axes(x_label: str, y_label: str, size: tuple[float, float] = SMALL) -> tupl
     return figure, axes
 
 
-def _log_x(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
-
-
-def _log_y(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-
-
-def _plain(value: float, _position: int | None = None) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+def _log(axes: Axes, *names: str) -> None:
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}" if value < 1000 else f"{value:,.0f}"))
 
 
 def _tokens(value: float, _position: int | None = None) -> str:
@@ -288,8 +254,7 @@ def _colours(table: pd.DataFrame) -> dict[Any, str]:
 def _marks(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str, y: str) -> None:
     """One mark per SAE, with interval bars where the table has them; the decision's SAE is ringed."""
     colours, ringed = _colours(table), leads(decision)
-    bars: list[Any] = []
-    inks: list[Any] = []
+    bars, inks = list[Any](), list[Any]()
     for row in records(_plotted(table, x, y)):
         colour = colours.get(row.get("expansion_factor"), FAINT)
         faint = row["status"] != "completed"
@@ -297,20 +262,9 @@ def _marks(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], x: str,
         bars += [[(end, row[y]) for end in ends[x]]] if all(map(is_number, ends[x])) else []
         bars += [[(row[x], end) for end in ends[y]]] if all(map(is_number, ends[y])) else []
         inks += [to_rgba(colour, 0.15 if faint else 0.55)] * (len(bars) - len(inks))
-        mark = Line2D(
-            [row[x]],
-            [row[y]],
-            marker=MARKERS.get(row["architecture"], "^"),
-            markersize=6,
-            color=colour,
-            markeredgecolor=PAPER,
-            markeredgewidth=0.5,
-            linestyle="none",
-            alpha=0.28 if faint else 0.9,
-            zorder=3,
-            gid=f"sae:{row['sae_id']}",
-        )
-        axes.add_line(mark)
+        mark: dict[str, Any] = {"marker": MARKERS.get(row["architecture"], "^"), "markersize": 6, "linestyle": "none"}
+        mark |= {"color": colour, "markeredgecolor": PAPER, "markeredgewidth": 0.5, "alpha": 0.28 if faint else 0.9}
+        axes.add_line(Line2D([row[x]], [row[y]], zorder=3, gid=f"sae:{row['sae_id']}", **mark))
         if row["sae_id"] in ringed:
             axes.plot([row[x]], [row[y]], "o", markersize=13, markerfacecolor="none", markeredgecolor=INK, zorder=5)
     axes.add_collection(LineCollection(bars, colors=inks, linewidths=0.9, zorder=2))
@@ -326,13 +280,7 @@ def _iso(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], y: str) -
     rows = [row for row in records(drawn) if row["sae_id"] in chosen]
     if rule.error != y or not rows:
         return []
-    style: dict[str, Any] = {
-        "color": INK,
-        "linewidth": 1.1,
-        "linestyle": (0, (5, 2, 1, 2)),
-        "alpha": 0.8,
-        "zorder": 1.4,
-    }
+    style: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": (0, (5, 2, 1, 2)), "alpha": 0.8, "zorder": 1.4}
     for row in rows:
         line = trade.iso(rule, row)
         if line is None:  # a rule that looks at L0 first
@@ -363,14 +311,8 @@ def _finish(
         metric, threshold = criterion.get("metric"), criterion.get("threshold")
         if metric not in (x, y) or not is_number(threshold) or (metric == "l0" and threshold <= 0):
             continue
-        place: dict[str, Any] = {
-            "textcoords": "offset points",
-            "color": INK,
-            "fontsize": 8,
-            "bbox": PLATE,
-            "zorder": 1.6,
-            "annotation_clip": True,  # a bound off the scale has no label, which would squeeze the axes to reach it
-        }
+        place: dict[str, Any] = {"textcoords": "offset points", "color": INK, "fontsize": 8, "bbox": PLATE, "zorder": 1.6}
+        place["annotation_clip"] = True  # a bound off the scale has no label, which would squeeze the axes to reach it
         text = f"gate {show_threshold(metric, criterion.get('op', ''), threshold)}"
         style: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.7, "zorder": 1.5}
         if metric == y:
@@ -395,18 +337,9 @@ def _finish(
     widest = 0.45 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)  # inches, with its sign
     rows = math.ceil(len(handles) * widest / figure.get_figwidth())
     columns = math.ceil(len(handles) / max(rows, 1))
-    legend = figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=max(columns, 1),
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-        handletextpad=0.3,
-        columnspacing=1.1,
-        handlelength=1.6 if lines else 1.2,
-    )
-    legend.set_gid("legend")
+    look: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handletextpad": 0.3, "columnspacing": 1.1}
+    look |= {"ncols": max(columns, 1), "handlelength": 1.6 if lines else 1.2}
+    figure.legend(handles=handles, loc="outside lower center", **look).set_gid("legend")
     return figure
 
 
@@ -417,25 +350,19 @@ def _legend(
     widths = list(colours)
     if len(widths) > 6:
         widths = [widths[round(i * (len(widths) - 1) / 4)] for i in range(5)]
+    dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 5}
     handles = [Line2D([], [], color=colours[width], linewidth=4, label=f"×{width:g}") for width in widths]
     for architecture in sorted(shown["architecture"].dropna().unique()):
-        style: dict[str, Any] = (
-            {"linestyle": DASHES.get(architecture, ":")}
-            if lines
-            else {"linestyle": "none", "marker": MARKERS.get(architecture, "^"), "markersize": 5}
-        )
+        marked = {**dot, "marker": MARKERS.get(architecture, "^")}
+        style = {"linestyle": DASHES.get(architecture, ":")} if lines else marked
         handles.append(Line2D([], [], color=INK, label=str(architecture), **style))
     if (shown["status"] == "pruned").any():
-        style = {"linewidth": 2} if lines else {"linestyle": "none", "marker": "o", "markersize": 5}
+        style = {"linewidth": 2} if lines else dot
         handles.append(Line2D([], [], color=FAINT, alpha=0.4, label="pruned", **style))
     if front:
         handles.append(Line2D([], [], color=FAINT, linewidth=1.2, label="Pareto front"))
     sae_id, role = lead(decision)
     if (shown["sae_id"] == sae_id).any():
-        style = (
-            {"linewidth": 2.6}
-            if lines
-            else {"linestyle": "none", "marker": "o", "markersize": 9, "markerfacecolor": "none"}
-        )
+        style = {"linewidth": 2.6} if lines else {**dot, "markersize": 9, "markerfacecolor": "none"}
         handles.append(Line2D([], [], color=INK, label=role, **style))
     return handles

@@ -208,6 +208,10 @@ def synthetic_run(folder: Path, table: pd.DataFrame, decision: dict[str, Any], e
     return folder
 
 
+def pareto(table: pd.DataFrame, decision: dict[str, Any]) -> Any:
+    return figures.against(table, decision, "l0", "fvu")
+
+
 class Page(HTMLParser):
     """Checks nesting and collects ids, references and attributes."""
 
@@ -410,7 +414,7 @@ def test_the_choice_defends_itself_with_candidates_runner_up_and_both_splits(tmp
 
     other = decision["choices"]["<site>"]["closest"]
     assert "The gate" in (folder / "saes" / other / "index.html").read_text(), "of every site's SAE"
-    marks = figures.pareto(table, decision).axes[0].lines
+    marks = pareto(table, decision).axes[0].lines
     assert sum(line.get_markersize() == 13 for line in marks) == 1
 
 
@@ -428,18 +432,18 @@ def test_the_line_of_equal_score_goes_through_the_choice() -> None:
         return bool(np.isclose(np.exp(np.interp(np.log(row["l0"]), np.log(x), np.log(y))), row[error], rtol=1e-3))
 
     def by_ce(table: pd.DataFrame, decision: dict[str, Any]) -> Any:
-        return figures.against_l0(table, decision, "ce_delta")
+        return figures.against(table, decision, "l0", "ce_delta")
 
-    limits = figures.pareto(table, decision | {"choose": None}).axes[0].get_ylim()
-    assert figures.pareto(table, decision).axes[0].get_ylim() == limits, "the line does not set the scale"
+    limits = pareto(table, decision | {"choose": None}).axes[0].get_ylim()
+    assert pareto(table, decision).axes[0].get_ylim() == limits, "the line does not set the scale"
     for rule, figure, error in (
-        ({}, figures.pareto, "fvu"), ({"a": 0.5}, figures.pareto, "fvu"),
-        ({"rule": "most_faithful"}, figures.pareto, "fvu"), ({"error": "ce_delta"}, by_ce, "ce_delta"),
+        ({}, pareto, "fvu"), ({"a": 0.5}, pareto, "fvu"),
+        ({"rule": "most_faithful"}, pareto, "fvu"), ({"error": "ce_delta"}, by_ce, "ce_delta"),
     ):  # fmt: skip
         assert any(through(line, error) for line in lines(rule, figure) if len(line.get_xdata()) == 100)
     for rule, at in (({"rule": "sparsest"}, row["l0"]), ({"rule": "matched_l0", "matched_l0": 7.0}, 7.0)):
-        assert any(list(line.get_xdata()) == [at, at] for line in lines(rule, figures.pareto))
-    assert len(lines({"error": "ce_delta"}, figures.pareto)) < len(lines({}, figures.pareto))
+        assert any(list(line.get_xdata()) == [at, at] for line in lines(rule, pareto))
+    assert len(lines({"error": "ce_delta"}, pareto)) < len(lines({}, pareto))
 
 
 def test_an_incomplete_verdict_is_no_go_in_disguise(tmp_path: Path) -> None:
@@ -553,7 +557,7 @@ def test_an_outlier_does_not_set_the_scale() -> None:
     table = synthetic_table(12)
     table.loc[0, ["fvu", "fvu_low", "fvu_high"]] = 1e6
     table.loc[1, "l0"] = 0.0
-    low, high = figures.pareto(table, {}).axes[0].get_ylim()
+    low, high = pareto(table, {}).axes[0].get_ylim()
     assert 0 <= low < high <= figures.FVU_TOP
     assert len(figures.off_scale(table)) == 2
 
