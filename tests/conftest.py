@@ -21,6 +21,7 @@ ON_RAY = (
     "test_faults.py",
     "test_flow.py",
     "test_jobs_api.py",
+    "test_readme.py",
     "test_replicate.py",
     "test_study.py",
     "test_wheel.py",
