@@ -463,7 +463,15 @@ def test_no_shipped_gate_lets_an_untrained_sae_pass(path, architecture):
 # What a study asks for
 
 
-register(Metric("toy_recovery", "higher", count="n_problems", groups="n_problems"), Metric("toy_size", split="config"))
+@pytest.fixture(autouse=True, scope="module")
+def _of_a_study():
+    toys = Metric("toy_recovery", "higher", count="n_problems", groups="n_problems"), Metric("toy_size", split="config")
+    register(*toys)
+    yield
+    for toy in toys:  # other files' tests know the metrics of the package alone
+        del METRICS[toy.name]
+
+
 STUDY = {"metric": "toy_recovery", "op": ">=", "threshold": 0.5, "must_beat": "shuffled"}
 
 
