@@ -134,14 +134,15 @@ def test_a_verdict_counts_what_its_metric_rests_on(metric, n, n_groups):
 def test_an_interval_of_few_or_unequal_groups_decides_nothing(groups, effective, said):
     metrics = around("fvu", 0.1, 0.01) | {"n_groups": groups, "effective_groups": effective}
     verdict = judged({"metric": "fvu", "confidence": "interval"}, metrics)
-    assert said in verdict.reason and (verdict.verdict == "pass") is not said if said else verdict.verdict == "pass"
+    assert said in verdict.reason and verdict.verdict == ("fail" if said else "pass")
     assert judged({"metric": "fvu"}, metrics).verdict == "pass"  # a point asks for none
 
 
 def test_what_is_scored_has_groups_of_its_own():
     metrics = around("ce_delta", 0.1, 0.01) | {"n_groups": 300, "effective_groups": 300.0}
-    metrics |= {"n_scored_groups": 9, "effective_scored_groups": 9.0}
-    assert "want of groups" in judged({"metric": "ce_delta", "confidence": "interval"}, metrics).reason
+    metrics |= {"n_scored_groups": 25, "effective_scored_groups": 9.0}
+    scored = judged({"metric": "ce_delta", "confidence": "interval"}, metrics)
+    assert "rests on 25, which count as 9" in scored.reason and scored.verdict == "fail"
     assert judged({"metric": "fvu", "confidence": "interval"}, metrics | around("fvu", 0.1, 0.01)).verdict == "pass"
 
 
@@ -264,12 +265,13 @@ def test_the_null_to_beat_is_the_one_beside_the_sae_at_its_l0():
     own, other = around("fvu", 0.6, 0.01) | {"beside": ["b", "a"]}, around("fvu", 0.4, 0.01) | {"beside": ["b"]}
     denser = around("fvu", 0.3, 0.01) | {"l0": 20.0, "beside": ["c"]}
     controls = {"control-untrained-1": own, "control-untrained-2": other, "control-untrained-3": denser}
+    controls = {name: null | {"sae_id": name} for name, null in controls.items()}
     assert judged(BEATS, mine, controls).verdict == "pass"
     assert judged(BEATS, mine | {"sae_id": "b"}, controls).reason.endswith("0.4 of control-untrained-2")
     short = {**controls, "control-untrained-1": own | {"l0": 7.0}}
     assert judged(BEATS, mine, short).reason.endswith("0.4 of control-untrained-2")
     assert judged(BEATS, mine | {"l0": 30.0}, controls).reason.endswith("at its L0 or above")
-    code = around("fvu", 0.35, 0.001) | {"beside": ["a"]}  # a null, judged: what stands beside the same SAE
+    code = around("fvu", 0.35, 0.001) | {"sae_id": "control-pca", "beside": ["a"]}  # judged by what stands beside "a" too
     assert judged(BEATS, code, controls).baseline_value == 0.6
 
 

@@ -95,6 +95,7 @@ QUICKSTART = table_of(
         ({"rule": "sparsest"}, "relu-x8"),
         ({"rule": "most_faithful"}, "topk-x8-k16"),
         ({"matched_l0": 4}, "topk-x8"),  # 3.8 and 3.99996 match as well, and are less faithful
+        ({"matched_l0": 3.85}, "topk-x8"),  # nor does the nearest matter among those that match
         ({"matched_l0": 12}, "topk-x8-k16"),  # none matches: the nearest
         ({"error": "ce_delta"}, "topk-x8-k16"),  # 0.08, against 0.136
     ],
@@ -204,6 +205,7 @@ def test_a_difference_inside_the_paired_interval_is_a_tie_for_fewer_failed_advis
     assert "small fails fewer advisory criteria (0, not 1)" in reasons["best"][0]
     assert "interval of the difference [-0.01, 0.05]" in reasons["best"][0]
     assert chosen(table, GATE, subtract=noisy) == "small"  # no advisory criterion: the smallest
+    assert chosen(table.assign(l2_ratio=[0.7, 0.9, 0.7]), ADVISORY, subtract=noisy) == "kept", "before the smallest"
 
 
 def test_a_null_is_subtracted_pair_by_pair():
@@ -296,6 +298,8 @@ def test_a_smaller_one_must_pass():
     table = pd.concat([seeded(*WIDE).assign(dead_fraction=0.0), small.assign(dead_fraction=0.5)], ignore_index=True)
     assert chosen(table, gate) == "wide-1"
     assert chosen(table.assign(dead_fraction=0.0), gate) == "small"
+    better = small.assign(dead_fraction=0.5, fvu=0.01)
+    assert chosen(pd.concat([table, better.assign(sae_id="best", l1_coefficient=9.0)], ignore_index=True), gate) == "wide-1"
     for change in ({"fvu": 0.31}, {"status": "pruned"}):
         assert chosen(pd.concat([seeded(*WIDE), small.assign(**change)], ignore_index=True)) == "wide-1"
 
@@ -576,6 +580,9 @@ def test_several_sites_are_listed_and_one_go_is_a_go():
     assert reason.startswith("go at 1 of 3 sites. s: no-go. No SAE passes the gate.") and "u: go. c meets" in reason
     none = decide(GATE, "gate.yaml", choice, {}, {i: t | {"fvu": 0.9} for i, t in tests.items()})
     assert none["verdict"] == "no-go" and none["chosen"] == "b", "the first that has a choice"
+    lost = table_of(("0", 4.0, math.nan, {"site": "r", "status": "error"}))
+    choice = choose(pd.concat([lost, table], ignore_index=True), GATE)
+    assert decide(GATE, "gate.yaml", choice, {}, {i: t | {"fvu": 0.9} for i, t in tests.items()})["chosen"] == "b"
 
 
 MISSING = {"subject": "recovery of the factors", "why": "no run has them"}
