@@ -319,8 +319,10 @@ def test_norms_of_ordinary_rows_are_usual(tmp_path):
     for i, rows in enumerate((unit, wide, x + 50, same)):
         store = tiny_store(tmp_path / str(i), [("train", rows)], SITE)
         assert usual_rows(store, SITE).of(rows).all(), i
-    # A dataset to transfer to has no training rows.
-    held_out = tiny_store(tmp_path / "held_out", [("test", unit)], SITE)
+    far = (x + 50).index_copy(0, torch.tensor([7]), 30 * x[7:8] + 50)  # from the others: its norm about 0 is as theirs
+    of_far = usual_rows(tiny_store(tmp_path / "far", [("train", far)], SITE), SITE).of(far)
+    assert (~of_far).nonzero().tolist() == [[7]]
+    held_out = tiny_store(tmp_path / "held_out", [("test", unit)], SITE)  # a dataset to transfer to has no training rows
     assert usual_rows(held_out, SITE).of(unit).all()
 
 
@@ -346,13 +348,15 @@ def test_a_share_of_the_loss_by_ablation_needs_a_clear_loss(world, tmp_path, mon
         found = real(root, names)
         for by_group in found.values():
             noise = rng.standard_normal(len(by_group)) * 0.3
-            by_group["nll_zero"] = by_group["nll_clean"] + by_group["scored"] * (cost + noise - noise.mean())
+            noise -= np.average(noise, weights=by_group["scored"])
+            by_group["nll_zero"] = by_group["nll_clean"] + by_group["scored"] * (cost + noise)
         return found
 
     monkeypatch.setattr(fidelity, "group_sums", ablated)
     found = world.collect(*world.blocks)["relu"]
     gap = found["ce_zero_gap"]
-    assert gap == pytest.approx(found["ce_zero"] - found["ce_clean"]) and (found["ce_zero_gap_low"] > 0) is defined
+    assert gap == pytest.approx(found["ce_zero"] - found["ce_clean"]) == pytest.approx(cost)
+    assert (found["ce_zero_gap_low"] > 0) is defined
     names = [f"ce_loss_recovered{end}" for end in ("", "_low", "_high")]
     assert all(np.isfinite(found[name]) is np.bool_(defined) for name in names)
     assert np.isfinite(found["ce_delta_low"])

@@ -239,7 +239,7 @@ def test_a_fitted_decoder_leaves_out_what_never_fires_and_keeps_what_a_latent_re
     config = SAEConfig("topk", D, 24, k=1)
     eye = torch.eye(D)
     parts = {"W_enc": torch.cat([eye, -eye, torch.zeros(D, 8)], 1), "b_enc": torch.tensor([0.0] * 16 + [-9.0] * 8)}
-    sae = SAE(config, parts | {"W_dec": torch.zeros(24, D), "b_dec": torch.full((D,), 3.0)})
+    sae = SAE(config, parts | {"W_dec": torch.ones(24, D), "b_dec": torch.full((D,), 3.0)})
     best = fitted(sae, x)
     assert (best.parameters["W_dec"][16:] == 0).all() and measure(best, x)["fvu"] < 1e-5
     torch.testing.assert_close(best.encode(x), sae.encode(x), atol=1e-4, rtol=1e-4)
