@@ -1,12 +1,13 @@
 """Records and tokens of a run: what did not become a row is said; a tokenizer that does not fit the model is refused."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from small import study
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from raysae.config.jobs import SweepJob
 from raysae.errors import UserError
@@ -100,3 +101,12 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_one_line_before_anything_is_
         with pytest.raises(UserError, match=r"^model\.tokenizer: "):
             made.workspace.make(made.captured.store)
         assert not [*(tmp_path / "out/stages").glob("store-*")]
+    largest = made.workspace.make(made.tokens).manifest["largest_id"]
+    config = AutoConfig.from_pretrained(model)
+    for rows_of_it, fits in ((largest, False), (largest + 1, True)):
+        config.vocab_size = rows_of_it
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(fits))
+        build_tokenizer().save_pretrained(tmp_path / str(fits))
+        said = pytest.raises(UserError, match=f"makes token {largest}, .* has {largest} rows")
+        with contextlib.nullcontext() if fits else said:
+            study_of(tmp_path, rows, tmp_path / str(fits), near_duplicate_similarity=None).prepare()
