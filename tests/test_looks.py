@@ -17,7 +17,7 @@ def test_a_look_is_counted_once_and_later_ones_know_of_it(tmp_path):
     assert look(tmp_path, "records-a", "choice", "one", {"run": {"seed": 0}, "saes": ["x"]}) == first, "the same look"
     assert (tmp_path / "looks" / "records-a.json").stat().st_mtime_ns == before
     assert look(tmp_path, "records-a", "choice", "one", {"run": {"seed": 0}, "saes": ["y"]})["number"] == 3
-    assert look(tmp_path, "records-b", "choice", "one", {"run": {"seed": 0}, "saes": ["x"]})["number"] == 1
+    assert look(tmp_path, "records-b", "choice", "one", {"run": {"seed": 0}, "saes": ["z"]})["number"] == 1
     assert len(json.loads((tmp_path / "looks" / "records-a.json").read_text())) == 3
     (tmp_path / "looks" / "records-a.json").write_text("[{}]")
     with pytest.raises(Damaged, match=r"records-a\.json"):

@@ -40,10 +40,10 @@ def test_a_head_that_answers_is_not_spoken_of(said):
 
 
 def test_what_takes_long_is_told(said):
-    with cluster._telling("quick", after=5):
+    with cluster._telling("quick", after=0.5):
         pass
     with cluster._telling("slow", after=0.01):
-        time.sleep(0.2)
+        time.sleep(0.7)
     assert said == ["slow"]
 
 
