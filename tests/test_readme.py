@@ -11,7 +11,8 @@ import pytest
 from test_wheel import SMALLEST
 
 from raysae import cli
-from raysae.config import SweepJob, load_config
+from raysae.config.jobs import SweepJob
+from raysae.config.load import load_config
 from raysae.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
