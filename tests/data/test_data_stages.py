@@ -10,6 +10,7 @@ from small import study
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from raysae.config.jobs import SweepJob
+from raysae.data.tokens import read_block
 from raysae.errors import UserError
 from raysae.models.embedded import build_tokenizer
 from raysae.studies.sweep import SweepStudy
@@ -38,17 +39,17 @@ def test_what_did_not_become_a_row_is_said_and_kept(tmp_path: Path, capsys: pyte
     names = ["Ada", "Ben", "Cleo", "Dan", "Emma", "Finn", "Gita", "Hugo"]
     rows = [{"question": f"{a} has 5 apples and {b} has 6 red stamps."} for a in names for b in names if a != b]
     rows += [{"question": None}, {"question": " "}, {"question": "<|endoftext|>"}, {"question": "Ada"}]
-    rows += [{"question": " ".join([*names, "has", "apples"] * 3)}]
+    rows += [{"question": " ".join([*names, "has", "apples"] * 3)}, {"question": ""}]
     made = study_of(tmp_path, rows, on_bad_row="skip", context_length=16)
     facts = made.workspace.make(made.records).manifest
-    assert (facts["bad_rows"], facts["blank_rows"]) == (1, 1)
+    assert (facts["bad_rows"], facts["blank_rows"]) == (1, 2)
     assert facts["not_compared"] == pytest.approx(1 / 59), "one word is no shingle"
     tokens = made.workspace.make(made.tokens).manifest
     assert (tokens["dropped_empty"], tokens["dropped_too_long"], tokens["cut_starts"]) == (1, 1, 0)
     said = capsys.readouterr().out
     for line in (
         "records: 1 bad rows left out, the first",
-        "records: 1 rows without text left out",
+        "records: 2 rows without text left out",
         "records: 1.7% of the texts are shorter than a shingle",
         "left out: 1 examples longer than 16; left out: 1 examples without a row",
     ):
@@ -101,7 +102,10 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_one_line_before_anything_is_
         with pytest.raises(UserError, match=r"^model\.tokenizer: "):
             made.workspace.make(made.captured.store)
         assert not [*(tmp_path / "out/stages").glob("store-*")]
-    largest = made.workspace.make(made.tokens).manifest["largest_id"]
+    tokens = made.workspace.make(made.tokens)
+    blocks = [read_block(tokens.path / block["file"]) for block in tokens.manifest["blocks"]]
+    largest = max(int(ids.max()) for block in blocks for ids in block.input_ids)
+    assert tokens.manifest["largest_id"] == largest
     config = AutoConfig.from_pretrained(model)
     for rows_of_it, fits in ((largest, False), (largest + 1, True)):
         config.vocab_size = rows_of_it

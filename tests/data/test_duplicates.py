@@ -152,9 +152,10 @@ def test_texts_of_every_script_are_told_apart_and_their_excerpts_found(script):
 
 
 def test_texts_that_cannot_be_compared_are_counted():
-    found = near_duplicates(["ok", "no", "a b c d", "ok", "((()))", ""], 0.8)
+    found = near_duplicates(["ok", "no", "a b c", "ok", "((()))", ""], 0.8)
     assert found.groups == [0, 1, 2, 0, 4, 5]
-    assert found.short == 4, "texts of two characters, and the empty one; the brackets are a shingle"
+    assert found.short == 4, "texts of two characters, and the empty one; three words and the brackets are a shingle"
+    assert near_duplicates(["characters decide", "abc"], 0.8).short == 1, "of two words, by characters: four here"
 
 
 def test_real_captions_and_logic_problems_are_not_merged_wholesale(shared):
