@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import starmap
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["text", "count", "ratio", "short", "share", "nats", "small", "seconds"]
@@ -26,112 +27,71 @@ class Column(NamedTuple):
     """One line for the heading's tooltip and the definitions."""
 
 
-COLUMNS = (
-    Column(
-        "architecture",
-        "Architecture",
-        "text",
-        "relu, p_anneal, gated: an L1 penalty; topk, abstopk: the k largest latents per token; batchtopk, matryoshka: k "
-        "per token on average; jumprelu: a threshold per latent",
-    ),
-    Column("expansion_factor", "Expansion ×", "small", "d_sae / d_in"),
-    Column("d_sae", "Width d_sae", "count", "number of latents"),
-    Column("l1_coefficient", "L1 coefficient", "small", "weight of the L1 penalty, at inputs of variance 1"),
-    Column("k", "k", "count", "latents that a TopK SAE keeps per token; BatchTopK on average, in training"),
-    Column("target_l0", "Target L0", "short", "the L0 that a JumpReLU SAE is trained to have"),
-    Column("l0_coefficient", "L0 coefficient", "small", "weight of a JumpReLU SAE's L0 penalty"),
-    Column("fvu", "FVU", "ratio", "fraction of variance unexplained; 0 is perfect, 1 is predicting the mean"),
-    Column("explained_variance", "EV", "ratio", "explained variance, 1 − FVU"),
-    Column("l0", "L0", "short", "active latents per token, mean"),
-    Column(
-        "l0_fraction", "L0 / live latents", "share", "share of the latents that ever fire that are active on a token"
-    ),
-    Column(
-        "l0_per_dim", "L0 / d_in", "share", "active latents per dimension of the activations; 1 is a change of basis"
-    ),
-    Column("l0_effective", "L0 / latents in use", "share", "share of tokens on which an average firing's latent is on"),
-    Column(
-        "effective_latents",
-        "Effective latents",
-        "short",
-        "latents that are as spread out if they fire equally often: (Σ n)² / Σ n² of how often each fires",
-    ),
-    Column(
-        "ce_loss_recovered",
-        "CE recovered",
-        "ratio",
-        "share of the zero-ablation loss that the SAE recovers; none where ablation costs the model nothing",
-    ),
-    Column("ce_delta", "ΔCE, nats", "nats", "cross-entropy added by splicing the SAE in"),
-    Column("kl", "KL, nats", "nats", "divergence of the spliced model's next-token distribution from the clean one"),
-    Column("dead_fraction", "Dead", "share", "latents that did not fire in the dead window at the end of training"),
-    Column("never_fired_fraction", "Never fired", "share", "latents that fired on no token of the evaluated split"),
-    Column("dense_fraction", "Dense", "share", "latents that fire on more than 10% of the evaluated tokens"),
-    Column("l2_ratio", "L2 ratio", "ratio", "mean |x̂| / |x|; below 1 is shrinkage"),
-    Column(
-        "relative_reconstruction_bias",
-        "Relative bias",
-        "ratio",
-        "E|x̂|² / E⟨x, x̂⟩; below 1 is shrinkage: x̂ divided by it is nearer to x (Gated SAE paper, eq. 10)",
-    ),
-    Column("cosine", "Cosine", "ratio", "mean cosine of x and x̂"),
-    Column("l1", "L1", "small", "sum of |f| per token, mean, in units of the SAE's latents on raw activations"),
-    Column("fvu_without_top_norms", "FVU, other norms", "ratio", "FVU without tokens of outlying norm, however many"),
-    Column("fvu_top_norms", "FVU, top norms", "ratio", "FVU of the tokens of outlying norm"),
-    Column(
-        "top_norms_rows",
-        "Top norms",
-        "share",
-        "tokens of outlying norm: over 6 robust deviations, and 3 times, the median",
-    ),
-    Column("top_norms_variance", "Variance in top norms", "share", "share of the variance that they carry"),
-    Column("ev_resid_var", "EV, residual variance", "ratio", "1 − Σ var(x−x̂) / Σ var(x): blind to a constant offset"),
-    Column(
-        "ev_global", "EV, all elements", "ratio", "variances of all elements about one mean: credits the mean vector"
-    ),
-    Column(
-        "ev_scalar_mean", "EV, scalar mean", "ratio", "1 − Σ|x−x̂|² / Σ|x−m|², m one number: credits the mean vector"
-    ),
-    Column("ev_clipped", "EV, clipped", "ratio", "the same, negative values shown as 0"),
-    Column(
-        "stability_mmcs",
-        "MMCS over seeds",
-        "ratio",
-        "largest cosine of a latent's direction with one of another seed, mean over latents and seeds",
-    ),
-    Column(
-        "stability_recurring_fraction",
-        "Recurring latents",
-        "share",
-        "share of the latents that fired whose match in every other seed has a cosine of at least 0.7",
-    ),
-    Column(
-        "stability_recurring_variance",
-        "Recurring variance",
-        "share",
-        "share of the variance explained that these latents explain alone, (1 − FVU of them) / (1 − FVU), about the means",
-    ),
-    Column("site", "Site", "text", "place in the model whose activations were reconstructed"),
-    Column("seed", "Seed", "text", "seed of the initialisation"),
-    Column("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),
-    Column(
-        "ce_recovered_mean", "CE recovered, of mean", "ratio", "the same score against mean ablation, which is harder"
-    ),
-    Column("ce_clean", "CE clean, nats", "nats", "cross-entropy of the untouched model"),
-    Column("ce_spliced", "CE spliced, nats", "nats", "cross-entropy with x replaced by x̂"),
-    Column("ce_mean", "CE mean, nats", "nats", "cross-entropy with x replaced by its mean"),
-    Column("ce_zero", "CE zero, nats", "nats", "cross-entropy with x replaced by zero"),
-    Column("kl_mean", "KL mean, nats", "nats", "KL with x replaced by its mean"),
-    Column("kl_zero", "KL zero, nats", "nats", "KL with x replaced by zero"),
-    Column("tokens", "Tokens trained", "count", "token rows seen in training, repeats counted"),
-    Column("unique_tokens", "Unique tokens", "count", "different token rows seen in training"),
-    Column("dead_window_tokens", "Dead window, tokens", "count", "training tokens over which silence means dead"),
-    Column("n_rows", "Rows measured", "count", "token rows behind FVU and L0"),
-    Column("n_groups", "Groups measured", "count", "groups (documents, problems) that these rows are of"),
-    Column("n_scored_tokens", "Tokens scored", "count", "tokens behind the cross-entropies and KL"),
-    Column("n_scored_groups", "Groups scored", "count", "groups that these tokens are of"),
-    Column("train_seconds", "Training, s", "seconds", "wall time of the SAE's share of its pack"),
-)
+COLUMNS = tuple(starmap(Column, (
+    ("architecture", "Architecture", "text",
+     "relu, p_anneal, gated: an L1 penalty; topk, abstopk: the k largest latents per token; batchtopk, matryoshka: "
+     "k per token on average; jumprelu: a threshold per latent"),
+    ("expansion_factor", "Expansion ×", "small", "d_sae / d_in"),
+    ("d_sae", "Width d_sae", "count", "number of latents"),
+    ("l1_coefficient", "L1 coefficient", "small", "weight of the L1 penalty, at inputs of variance 1"),
+    ("k", "k", "count", "latents that a TopK SAE keeps per token; BatchTopK on average, in training"),
+    ("target_l0", "Target L0", "short", "the L0 that a JumpReLU SAE is trained to have"),
+    ("l0_coefficient", "L0 coefficient", "small", "weight of a JumpReLU SAE's L0 penalty"),
+    ("fvu", "FVU", "ratio", "fraction of variance unexplained; 0 is perfect, 1 is predicting the mean"),
+    ("explained_variance", "EV", "ratio", "explained variance, 1 − FVU"),
+    ("l0", "L0", "short", "active latents per token, mean"),
+    ("l0_fraction", "L0 / live latents", "share", "share of the latents that ever fire that are active on a token"),
+    ("l0_per_dim", "L0 / d_in", "share", "active latents per dimension of the activations; 1 is a change of basis"),
+    ("l0_effective", "L0 / latents in use", "share", "share of tokens on which an average firing's latent is on"),
+    ("effective_latents", "Effective latents", "short",
+     "latents that are as spread out if they fire equally often: (Σ n)² / Σ n² of how often each fires"),
+    ("ce_loss_recovered", "CE recovered", "ratio",
+     "share of the zero-ablation loss that the SAE recovers; none where ablation costs the model nothing"),
+    ("ce_delta", "ΔCE, nats", "nats", "cross-entropy added by splicing the SAE in"),
+    ("kl", "KL, nats", "nats", "divergence of the spliced model's next-token distribution from the clean one"),
+    ("dead_fraction", "Dead", "share", "latents that did not fire in the dead window at the end of training"),
+    ("never_fired_fraction", "Never fired", "share", "latents that fired on no token of the evaluated split"),
+    ("dense_fraction", "Dense", "share", "latents that fire on more than 10% of the evaluated tokens"),
+    ("l2_ratio", "L2 ratio", "ratio", "mean |x̂| / |x|; below 1 is shrinkage"),
+    ("relative_reconstruction_bias", "Relative bias", "ratio",
+     "E|x̂|² / E⟨x, x̂⟩; below 1 is shrinkage: x̂ divided by it is nearer to x (Gated SAE paper, eq. 10)"),
+    ("cosine", "Cosine", "ratio", "mean cosine of x and x̂"),
+    ("l1", "L1", "small", "sum of |f| per token, mean, in units of the SAE's latents on raw activations"),
+    ("fvu_without_top_norms", "FVU, other norms", "ratio", "FVU without tokens of outlying norm, however many"),
+    ("fvu_top_norms", "FVU, top norms", "ratio", "FVU of the tokens of outlying norm"),
+    ("top_norms_rows", "Top norms", "share",
+     "tokens of outlying norm: over 6 robust deviations, and 3 times, the median"),
+    ("top_norms_variance", "Variance in top norms", "share", "share of the variance that they carry"),
+    ("ev_resid_var", "EV, residual variance", "ratio", "1 − Σ var(x−x̂) / Σ var(x): blind to a constant offset"),
+    ("ev_global", "EV, all elements", "ratio", "variances of all elements about one mean: credits the mean vector"),
+    ("ev_scalar_mean", "EV, scalar mean", "ratio", "1 − Σ|x−x̂|² / Σ|x−m|², m one number: credits the mean vector"),
+    ("ev_clipped", "EV, clipped", "ratio", "the same, negative values shown as 0"),
+    ("stability_mmcs", "MMCS over seeds", "ratio",
+     "largest cosine of a latent's direction with one of another seed, mean over latents and seeds"),
+    ("stability_recurring_fraction", "Recurring latents", "share",
+     "share of the latents that fired whose match in every other seed has a cosine of at least 0.7"),
+    ("stability_recurring_variance", "Recurring variance", "share",
+     "share of the variance explained that these latents explain alone, (1 − FVU of them) / (1 − FVU), about the "
+     "means"),
+    ("site", "Site", "text", "place in the model whose activations were reconstructed"),
+    ("seed", "Seed", "text", "seed of the initialisation"),
+    ("learning_rate", "Learning rate", "small", "Adam's peak learning rate"),
+    ("ce_recovered_mean", "CE recovered, of mean", "ratio", "the same score against mean ablation, which is harder"),
+    ("ce_clean", "CE clean, nats", "nats", "cross-entropy of the untouched model"),
+    ("ce_spliced", "CE spliced, nats", "nats", "cross-entropy with x replaced by x̂"),
+    ("ce_mean", "CE mean, nats", "nats", "cross-entropy with x replaced by its mean"),
+    ("ce_zero", "CE zero, nats", "nats", "cross-entropy with x replaced by zero"),
+    ("kl_mean", "KL mean, nats", "nats", "KL with x replaced by its mean"),
+    ("kl_zero", "KL zero, nats", "nats", "KL with x replaced by zero"),
+    ("tokens", "Tokens trained", "count", "token rows seen in training, repeats counted"),
+    ("unique_tokens", "Unique tokens", "count", "different token rows seen in training"),
+    ("dead_window_tokens", "Dead window, tokens", "count", "training tokens over which silence means dead"),
+    ("n_rows", "Rows measured", "count", "token rows behind FVU and L0"),
+    ("n_groups", "Groups measured", "count", "groups (documents, problems) that these rows are of"),
+    ("n_scored_tokens", "Tokens scored", "count", "tokens behind the cross-entropies and KL"),
+    ("n_scored_groups", "Groups scored", "count", "groups that these tokens are of"),
+    ("train_seconds", "Training, s", "seconds", "wall time of the SAE's share of its pack"),
+)))  # fmt: skip
 BY_NAME = {column.name: column for column in COLUMNS}
 
 

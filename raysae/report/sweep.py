@@ -11,6 +11,7 @@ from raysae.errors import UserError
 from raysae.report import sae_page
 from raysae.report.page import page
 from raysae.report.parts import (
+    assumptions,
     axes,
     choice,
     config,
@@ -28,8 +29,10 @@ from raysae.report.parts import (
 
 PARTS = [
     module.PART
-    for module in (decision, choice, gate, nulls, plots, table, axes, probes, stability, risk, cost, method, config)
-]
+    for module in (
+        decision, choice, gate, nulls, plots, table, axes, probes, stability, risk, assumptions, cost, method, config
+    )
+]  # fmt: skip
 
 
 def write_report(run_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Risk: domain coverage and invariance of one SAE, and what its gate assumes."""
+"""Risk: domain coverage and invariance of one SAE."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ AXES = {"dataset": "Dataset", "stratum": "Stratum, by number of steps"}
 
 def read(run_dir: Path) -> dict[str, Any]:
     """The decision's SAE in `domains.*` and `invariance.json`; empty where they are absent."""
-    decision = run.decision(run_dir)
-    lead, _ = run.lead(decision)
+    lead, _ = run.lead(run.decision(run_dir))
     file, facts = run_dir / "domains.parquet", read_json_if(run_dir / "domains.json")
     table = read_table(file) if file.exists() else pd.DataFrame()
     mine = table[table["sae_id"] == lead] if len(table) else table
@@ -37,7 +36,6 @@ def read(run_dir: Path) -> dict[str, Any]:
         "invariance": [rewording(entry) for entry in reworded.get("kinds", ())],
         "reworded": reworded.get("sae_id"),
         "lead": lead,
-        "assumptions": decision.get("assumptions"),
         "too_long": reworded.get("too_long", 0),
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raysae.files import read_json_if
-from raysae.report.columns import interval, is_number, label, show
+from raysae.report.columns import cell, is_number, label, show
 from raysae.report.page import Part
 from raysae.sae.architectures import COEFFICIENTS
 
@@ -28,17 +28,9 @@ def read(run_dir: Path) -> dict[str, Any]:
 def configuration(entry: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's row: what it is, and cells of value, range over the seeds and null."""
     setting = [f"{label(knob)} {show(knob, entry[knob])}" for knob in COEFFICIENTS if knob in entry]
+    cells = [_cell(entry, name) for name in ("mmcs", "recurring_fraction", "recurring_variance")]
     pairs = len(entry["pairs"])
-    cells = [
-        _cell("stability_mmcs", entry, "mmcs", f"{pairs} pair{'s' if pairs > 1 else ''}"),
-        _cell("stability_recurring_fraction", entry, "recurring_fraction"),
-        _cell("stability_recurring_variance", entry, "recurring_variance"),
-    ]
-    for cell, name in zip(cells[1:], ("recurring_closely_fraction", "recurring_closely_variance"), strict=True):
-        cell["closely"] = show("stability_recurring_fraction", entry[name])
-    spread = {
-        name: f"{show(name, entry[f'{name}_mean'])} ± {show(name, entry[f'{name}_sd'])}" for name in SHOWN_AWAY[:3]
-    }
+    cells[0]["range"] += f" over {pairs} pair{'s' if pairs > 1 else ''}"
     return {
         "name": f"{entry['architecture']}, d_sae {entry['d_sae']:,}",
         "setting": ", ".join([*setting, entry["site"]]),
@@ -47,38 +39,30 @@ def configuration(entry: Mapping[str, Any]) -> dict[str, Any]:
         "method": entry["method"],
         "silent": ", ".join(f"{n:,}" for n in entry["never_fired"]),
         "cells": cells,
-        "spread": spread,
+        "spread": [f"{show(m, entry[f'{m}_mean'])} ± {show(m, entry[f'{m}_sd'])}" for m in SHOWN_AWAY[:3]],
     }
 
 
-def _cell(column: str, entry: Mapping[str, Any], name: str, over: str = "") -> dict[str, str]:
-    least, largest = (show(column, entry[f"{name}_{end}"]) for end in ("least", "largest"))
-    null = entry[f"{name}_null"]
-    return {
-        "value": show(column, entry[name]),
-        "range": f"{least}–{largest}" + (f" over {over}" if over else ""),
-        "null": show(column, null) if is_number(null) else "–",
-        "closely": "",
-    }
+def _cell(entry: Mapping[str, Any], name: str) -> dict[str, str]:
+    column, closely = f"stability_{name}", name.replace("recurring", "recurring_closely")
+    value, least, largest, null = (show(column, entry[f"{name}{end}"]) for end in ("", "_least", "_largest", "_null"))
+    shown = {"value": value, "range": f"{least}–{largest}", "null": null}
+    return {**shown, "closely": show(column, entry[closely]) if closely != name else ""}
 
 
 def dataset(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """A held-out dataset: per SAE and metric the value at home, away, and their ratio with its interval."""
     rows = []
     for sae_id, measured in entry["saes"].items():
-        cells = []
-        for metric in SHOWN_AWAY:
-            m = measured[metric]
-            cells.append(
-                {
-                    "home": show(metric, m["home"]),
-                    "away": show(metric, m["away"]),
-                    "away_interval": interval(metric, m["away_low"], m["away_high"]),
-                    "ratio": show("fvu", m["ratio"]),
-                    "ratio_interval": interval("fvu", m["ratio_low"], m["ratio_high"]),
-                }
-            )
-        n, groups = (f"{measured[name]:,}" for name in ("n_rows", "n_groups"))
+        cells = [
+            {
+                "home": show(metric, measured[metric]["home"]),
+                "away": cell(metric, measured[metric], "away"),
+                "ratio": cell("fvu", measured[metric], "ratio"),
+            }
+            for metric in SHOWN_AWAY
+        ]
+        n, groups = (f"{measured[count]:,}" for count in ("n_rows", "n_groups"))
         rows.append({"sae_id": sae_id, "cells": cells, "n": n, "groups": groups})
     over = entry["over_seeds"]
     spread = [
@@ -86,13 +70,8 @@ def dataset(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         for metric in SHOWN_AWAY
         if is_number(over[metric]["ratio_sd"])
     ]
-    return {
-        "name": name,
-        "rows": rows,
-        "examples": f"{entry['examples']:,}",
-        "left_out": f"{entry['left_out']:,}",
-        "spread": "; ".join(spread),
-    }
+    counts = {count: f"{entry[count]:,}" for count in ("examples", "left_out")}
+    return {"name": name, "rows": rows, "spread": "; ".join(spread), **counts}
 
 
 PART = Part("stability", "Stability", Path(__file__).with_name("stability.html.j2"), read)
