@@ -36,7 +36,7 @@ SHARED = recipe(4096, 128, 0.1, 0.2, 0.1, 512)
 COMMON = Common(base_learning_rate=5e-4)
 GRID = {"relu": [0.05, 50.0], "topk": [2, 4]}
 EAGER = Pruning(0.02, 1024)
-RANGES = {"relu": (0.01, 100.0), "topk": (2, 12)}
+RANGES = {"relu": (0.01, 100.0)}
 
 
 @dataclass
@@ -51,7 +51,10 @@ class Sweep:
     def __post_init__(self) -> None:
         (site,) = self.store.sites
         self.widths = {site: self.store.d_model(site)}
-        self.plan = proposals(self.widths, ["relu", "topk"], [2, 4], GRID if self.grid else None, 2)
+        if self.grid:
+            self.plan = proposals(self.widths, ["relu", "topk"], [2, 4], GRID, 0)
+        else:  # Optuna draws its first ten at random
+            self.plan = proposals(self.widths, ["relu"], [2, 4], None, 7)
         self.trial = Trial(self.store, SHARED, 4, 0, self.root, {"model_name": "toy"})
 
     def with_a_better_one(self) -> "Sweep":
@@ -148,9 +151,8 @@ def test_a_sweep_has_the_same_bits(ray_bench, two_threads, captured, tmp_path, g
     assert hashes(local / "saes") == hashes(ray / "saes")
     assert {f.name: f.read_text() for f in local.glob("p*ed/*")} == {f.name: f.read_text() for f in ray.glob("p*ed/*")}
     status = tables["local"]["status"].value_counts().to_dict()
-    assert status == ({"completed": 8} if pruning.margin is None else status) and len(tables["local"]) == 8
-    if pruning.margin is not None:
-        assert status["pruned"] > 0 and status["completed"] > 0
+    assert status["completed"] > 0 and ("pruned" in status) == (pruning.margin is not None)
+    assert sum(status.values()) == len(sweeps["local"].plan)
 
 
 def test_packs_outside_of_a_search_have_the_same_bits(ray_bench, two_threads, captured, tmp_path):
@@ -307,7 +309,7 @@ def test_a_replay_stops_where_it_says(store, whole, tmp_path):
 def test_a_search_taken_up_chooses_the_same(store, tmp_path, monkeypatch):
     whole = Sweep(store, tmp_path / "whole", grid=False)
     whole.run(LocalBench())
-    fail_at(monkeypatch, [7])
+    fail_at(monkeypatch, [20])
     monkeypatch.setattr(LocalBench, "search", stopping(LocalBench.search))
     sweep = Sweep(store, tmp_path / "stopped", grid=False)
     with pytest.raises(KeyboardInterrupt):

@@ -220,7 +220,8 @@ class SweepStudy(Study):
                     link_or_copy(made.path / "saes", folder / "nulls")
                 for name, null in made.manifest["nulls"].items():
                     facts[name] = {**null, "store": read.path.name}
-            (folder / "tune").symlink_to(Path("..") / "stages" / swept.path.name / "tune")
+            if (swept.path / "tune").is_dir():
+                (folder / "tune").symlink_to(Path("..") / "stages" / swept.path.name / "tune")
             write_json(folder / "store.json", {k: kept[k] for k in OF_THE_STORE})
             write_json(folder / "nulls.json", facts)
             write_json(folder / "decision.json", decision)
