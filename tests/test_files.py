@@ -19,6 +19,7 @@ from small import make as stage
 
 from raysae import files
 from raysae.artifacts import lock_of
+from raysae.bench import LocalBench
 from raysae.errors import Damaged, UserError
 from raysae.files import (
     compare,
@@ -33,6 +34,7 @@ from raysae.files import (
     write_json,
     write_sealed,
 )
+from raysae.workspace import Stage, Workspace
 
 
 @pytest.fixture(params=[0o002, 0o077], ids=["team", "private"])
@@ -247,10 +249,11 @@ def test_a_finished_stage_notices_sizes_always_and_bits_when_asked(tmp_path):
     shard = made.path / "sub" / "shard"
     mend = f"; delete {made.path} and run again"
 
-    def again():
-        return stage(tmp_path, "s", {}, lambda path: pytest.fail("built again"))
+    def again(verify: bool = False):
+        never = Stage("s", 1, {}, {}, lambda path, inputs, bench: pytest.fail("built again"))
+        return Workspace(tmp_path, LocalBench(), verify).make(never)
 
-    again().verify()
+    again(verify=True)
     (made.path / "table").write_text("2")
     with pytest.raises(Damaged, match="table: does not match its sha256"):
         again()
@@ -258,7 +261,7 @@ def test_a_finished_stage_notices_sizes_always_and_bits_when_asked(tmp_path):
     (made.path / "attempts").write_text("more")
     shard.write_bytes(b"12346")
     with pytest.raises(Damaged) as caught:
-        again().verify()
+        again(verify=True)
     assert str(caught.value) == f"{shard}: does not match its sha256{mend}"
     shard.write_bytes(b"1234")
     with pytest.raises(Damaged) as caught:

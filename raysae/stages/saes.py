@@ -261,16 +261,26 @@ def far_from_zero(offsets: Mapping[str, float]) -> list[str]:
 
 
 def trial_of(sweep: Sweep, inputs: Inputs, model: Model | None, data: DataConfig | None, root: Path) -> Trial:
-    """The trial of a run's SAEs or nulls, with what SAELens needs to run an SAE's model, and nothing of this machine: a
-    model or dataset that is not on the hub has no name here. `raysae_model` identifies it by its weights."""
-    store = inputs["store"]
-    metadata: dict[str, Any] = {"raysae_version": __version__, "raysae_store": store.path.name}
-    if model is None:
-        return sweep.trial(store.path, root, metadata)
+    """The trial of a run's SAEs or nulls."""
+    store = inputs["store"].path
+    metadata: dict[str, Any] = {"raysae_version": __version__, "raysae_store": store.name}
+    hooks: dict[str, dict[str, Any]] = {}
+    if model is not None:
+        of_model, hooks = saelens_metadata(inputs, model, data)
+        metadata |= of_model
+    return replace(sweep.trial(store, root, metadata), hooks=hooks)
+
+
+def saelens_metadata(
+    inputs: Inputs, model: Model, data: DataConfig | None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What SAELens needs to run an SAE's model, and nothing of this machine: a model or dataset that is not on the hub has
+    no name here. `raysae_model` identifies it by its weights. And by site: the class that SAELens loads the model with, as
+    what, and where it reads."""
     tokens, hosted, name = inputs["tokens"].manifest, model.fingerprint(inputs), None
     if data is not None and (data.path is None or not Path(data.path).exists()):
         name = GSM8K_HUB[0] if data.source == "gsm8k" and data.path is None else data.path
-    metadata |= {
+    metadata = {
         "model_name": hosted["name"] if hosted["revision"] is not None else None,
         "context_size": tokens["context_length"],
         "prepend_bos": tokens["separator_id"] is not None,
@@ -285,9 +295,9 @@ def trial_of(sweep: Sweep, inputs: Inputs, model: Model | None, data: DataConfig
         as_loaded["trust_remote_code"] = True
     as_published = {"dtype": model.dtype, "center_writing_weights": False}
     loading = {"HookedTransformer": as_published, "AutoModelForCausalLM": as_loaded}
-    named = saelens_hooks(model.at(inputs), tuple(store.manifest["sites"]), model.revision, model.trust_remote_code)
+    sites = tuple(inputs["store"].manifest["sites"])
     hooks = {
         site: {**hook._asdict(), "model_from_pretrained_kwargs": loading[hook.model_class_name]}
-        for site, hook in named.items()
+        for site, hook in saelens_hooks(model.at(inputs), sites, model.revision, model.trust_remote_code).items()
     }
-    return replace(sweep.trial(store.path, root, metadata), hooks=hooks)
+    return metadata, hooks

@@ -22,7 +22,7 @@ from raysae.sae import formats
 from raysae.sae.architectures import SAEConfig, initial_parameters
 from raysae.sae.metrics import RowSums
 from raysae.sae.sae import SAE
-from raysae.stages.saes import trial_of
+from raysae.stages.saes import saelens_metadata
 from raysae.workspace import Made
 
 SITES = ("blocks.1.resid_post", "blocks.2.mlp_out", "blocks.0.mlp_hidden", "final_norm")
@@ -54,8 +54,8 @@ def metadata(folder: Path, site: str, **model: Any) -> dict[str, Any]:
         "store": Made(Path("store-0123"), {"sites": {site: {}}}, reused=True),
         "tokens": Made(Path("tokens-0123"), {"context_length": 12, "separator_id": 1}, reused=True),
     }
-    trial = trial_of(mine.sweep, inputs, mine.model, mine.job.data, folder)
-    return trial.metadata | trial.hooks[site]
+    of_model, hooks = saelens_metadata(inputs, mine.model, mine.job.data)
+    return of_model | hooks[site]
 
 
 @pytest.mark.parametrize("site", SITES)
