@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,14 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from raysae.on_ray.bench import RayBench
 from small import reseal, small_job, small_values, study, timeless, write_config
 
 import raysae
-from raysae import run_folder
+from raysae import cli, run_folder
 from raysae.artifacts import fingerprint
 from raysae.errors import Damaged, UserError
 from raysae.files import compare, read_json, read_sealed, write_json, write_sealed
+from raysae.on_ray.bench import RayBench
 from raysae.report import write_report
 from raysae.run import Run
 from raysae.seal import SEAL, check, seal
@@ -73,7 +72,7 @@ def run(ray_cluster, arithmetic_model, tmp_path_factory) -> Run:
 def again(run, arithmetic_model, tmp_path) -> Callable[..., None]:
     """The same command, in this process; what would have to start Ray fails."""
     config = write_config(tmp_path / "job.yaml", small_values(arithmetic_model, run.path.parent, **TINY))
-    main = runpy.run_path(str(ROOT / "jobs" / "sweep_sae.py"))["main"]
+    main = cli.sweep
     return lambda *arguments: main(["--config", str(config), *arguments])
 
 
@@ -119,7 +118,7 @@ def test_the_job_stops_at_a_damaged_stage(run, again, nothing_starts):
 
 def test_no_reader_takes_a_run_with_damage_in_it(run, tmp_path, nothing_starts):
     gate, bundle, replicate, probe = (
-        runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"] for name in ("gate", "bundle", "replicate", "probe")
+        getattr(cli, name) for name in ("gate", "bundle", "replicate", "probe")
     )
     for file in files_of(run.path):
         for how in DAMAGE:
@@ -319,7 +318,7 @@ def test_names_in_files_lead_nowhere_else(folder, tmp_path):
     (tmp_path / "x").mkdir()
     write_json(tmp_path / "x" / "manifest.json", {"private": 1})
     write_sealed(folder / SEAL, {**read_sealed(folder / SEAL), "stages": ["../../x"]})
-    bundle = runpy.run_path(str(ROOT / "jobs" / "bundle.py"))["main"]
+    bundle = cli.bundle
     with pytest.raises(UserError, match=r"directory: '\.\./\.\./x' is not the name of a folder"):
         bundle([str(folder), "--to", str(tmp_path / "run.tar.gz")])
     assert not (tmp_path / "run.tar.gz").exists()

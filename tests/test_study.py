@@ -15,6 +15,7 @@ from small import sae_hashes, stage_of, timeless
 from raysae.bench import LocalBench
 from raysae.config.sections import ClusterConfig
 from raysae.errors import UserError
+from raysae.gates.metrics import METRICS
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "example_study.py"
 
@@ -25,6 +26,7 @@ def example() -> Iterator[ModuleType]:
     try:
         yield importlib.import_module("example_study")
     finally:
+        METRICS.pop("mean_max_cosine", None)
         sys.path.remove(str(FILE.parent))
 
 

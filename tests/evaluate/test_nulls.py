@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import sparse_rows, tiny_store
 
-from raysae import config
 from raysae.activations.store import Store
+from raysae.config import sections as config
 from raysae.evaluate import nulls
 from raysae.evaluate.nulls import Peer, beside, build, compared, fitted, ica, pca, permuted, scaled
 from raysae.sae import formats

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import KFold
 from small import reseal
 
+from raysae import cli
 from raysae.data.records import make_problem, write_records
 from raysae.errors import UserError
 from raysae.evaluate import probes
@@ -457,7 +457,7 @@ def test_the_job_takes_the_run_s_own_null_as_baseline(run):
         formats.save(sae, run / "nulls" / names[architecture])
     write_json(run / "nulls.json", {names[a]: {**facts, "architecture": a} for a in kinds})
     reseal(run)
-    job = runpy.run_path(str(ROOT / "jobs" / "probe.py"))["main"]
+    job = cli.probe
     job([str(run), "--labels", "operation", "--split", "test", "--ks", "1", "--bootstrap", "50"])
     table = pd.read_parquet(run / "probes" / "probes.parquet").set_index(["input", "probe"])
     assert table.loc[("untrained_model", "dense"), "balanced_accuracy"] == 0.5
@@ -481,7 +481,7 @@ def test_the_job_takes_the_run_s_own_null_as_baseline(run):
 )
 def test_a_mistake_is_one_line(run, arguments, line):
     with pytest.raises(UserError, match=re.escape(line)) as raised:
-        runpy.run_path(str(ROOT / "jobs" / "probe.py"))["main"]([str(run), *arguments])
+        cli.probe([str(run), *arguments])
     assert "\n" not in str(raised.value) and not (run / "probes").exists()
 
 
