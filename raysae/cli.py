@@ -70,13 +70,14 @@ def probe(argv: list[str]) -> None:
     from raysae import run_folder
     from raysae.data.records import read_records
     from raysae.evaluate import probes
+    from raysae.evaluate.linear import Settings
     from raysae.looks import look
     from raysae.run import Run
 
     run = Run.open(config.run)
     subject, sae_id = run.subject(config.sae), config.sae or str(run.best)
     other = Run.open(config.untrained).subject() if config.untrained else run.untrained_model(sae_id)
-    settings = probes.Settings(**config.model_dump(exclude={"run", "labels", "sae", "untrained"}))
+    settings = Settings(**config.model_dump(exclude={"run", "labels", "sae", "untrained"}))
     records = run.stage("records", verify=True)
     if config.split == "test":
         looked = look(

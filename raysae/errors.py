@@ -1,6 +1,7 @@
 """What a user can get wrong, as one line: the field, the value, and what would be right."""
 
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -21,7 +22,7 @@ class Damaged(UserError):
             mend = f"delete {stage} and run again" if stage else "run the sweep again, or bring it back"
         super().__init__(f"{file}: {how}; {mend}")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return UserError, (str(self),)
 
 

@@ -39,7 +39,7 @@ def load_config(job: type[J], argv: list[str] | None = None, config: str | Path 
         "--config", type=Path, nargs="+", default=[Path(config)] if config else [],
         help="YAML files (or names of shipped ones) with any of the fields below; a later one wins, as a recipe does",
     )  # fmt: skip
-    settings = type(job.__name__, (BaseSettings, job), {"model_config": SettingsConfigDict(**job.model_config)})
+    settings = type(job.__name__, (BaseSettings, job), {"model_config": SettingsConfigDict(**job.model_config)})  # type: ignore[typeddict-item]
     source = CliSettingsSource[_Parser](
         settings,
         root_parser=parser,

@@ -95,7 +95,7 @@ def decide(
     nulls_seen = _judged(gate, nulls, waived, subtract)
     passing = [i for i, seen in nulls_seen.items() if seen["passes_gate"]]
     test_nulls, test_subtract = on_test or (nulls, None)
-    choices, order = dict[str, dict[str, Any]](), dict[str, tuple]()
+    choices, order = dict[str, dict[str, Any]](), dict[str, tuple[Any, ...]]()
     for site, outcome in choice.sites.items():
         chosen, shown = outcome.chosen, outcome.chosen or outcome.closest
         test = tests.get(chosen or "")

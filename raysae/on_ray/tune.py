@@ -48,7 +48,7 @@ class ProposedPacks(Searcher):
         self.search = search
         self.packs: dict[str, ProposedPack] = {}
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -58,10 +58,10 @@ class ProposedPacks(Searcher):
         self.packs[trial_id] = pack
         return {"site": pack.site, "members": [asdict(member) for member in pack.members], "state": pack.state}
 
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self.search.reported(_metrics_of(result))
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pack = self.packs.pop(trial_id, None)
         if pack is None:
             return
@@ -86,7 +86,7 @@ class StopPruned(FIFOScheduler):
         super().__init__()
         self.root, self.rungs = root, Rungs(root, pruning)
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         reasons = {} if result.get("final") else self.rungs.reasons(trial.config["site"], _metrics_of(result))
         if not reasons:
             return TrialScheduler.CONTINUE
@@ -107,7 +107,7 @@ class SweepProgress(Callback):
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         metrics = _metrics_of(result)
         self.last.update(metrics)
         if self.progress is not None:
@@ -260,7 +260,7 @@ class RunPerSAE(LoggerCallback):
         for sae in saes_of(trial):
             super().log_trial_start(sae)
 
-    def log_trial_result(self, iteration: int, trial: Any, result: dict) -> None:
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         if isinstance(trial, OneSAE):  # a logger that starts late calls itself
             return super().log_trial_result(iteration, trial, result)
         found = _metrics_of(result)
@@ -288,7 +288,7 @@ class Table(CLIReporter):
             print_intermediate_tables=True,
         )
 
-    def report(self, trials: list, done: bool, *sys_info: Any) -> None:
+    def report(self, trials: list[Any], done: bool, *sys_info: Any) -> None:
         if not any("tokens" in t.last_result or "members" in t.last_result for t in trials):
             return
         printed = io.StringIO()

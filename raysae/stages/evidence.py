@@ -19,8 +19,10 @@ from raysae.evaluate import invariance as wordings
 from raysae.evaluate import probes as label_probes
 from raysae.evaluate import stability as seeds
 from raysae.evaluate import transfer as elsewhere
+from raysae.evaluate.linear import Settings as ProbeSettings
 from raysae.evaluate.nulls import ELSEWHERE, LINEAR, beside
 from raysae.evaluate.rows import measure_rows
+from raysae.evaluate.scan import Settings as FeatureSettings
 from raysae.evaluate.statistics import Bootstrap
 from raysae.files import read_table, write_json
 from raysae.progress import say
@@ -280,7 +282,7 @@ def probes(
             null = beside(nulls.manifest["nulls"], ELSEWHERE, site, subject.sae.config.architecture)
             if null:
                 untrained = label_probes.subject(inputs["other_store"].path, site, nulls.path / "saes" / null)
-        settings = label_probes.Settings(**config.model_dump(exclude={"labels"}), seed=seed)
+        settings = ProbeSettings(**config.model_dump(exclude={"labels"}), seed=seed)
         problems = read_records(inputs["records"].path / "records.parquet")
         with in_section("probes", type(config).model_fields):
             table, facts = label_probes.probe(subject, problems, config.labels, settings, untrained)
@@ -302,7 +304,7 @@ def features(
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:
         e, tokens = how.config, inputs["tokens"]
-        settings = latent_features.Settings(how.bootstrap, e.feature_rows, e.contexts)
+        settings = FeatureSettings(how.bootstrap, e.feature_rows, e.contexts)
         decode = hosted(captured).tokenizer.backend_tokenizer.decode
         say(f"features: {sae_id}")
         start = perf_counter()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raysae.activations import capture
-from raysae.activations.write import Vectors, write_vectors
+from raysae.activations.write import Vectors, is_written, write_vectors
 from raysae.errors import UserError
 from raysae.models.registry import default_site
 from raysae.models.sites import order_sites
@@ -66,7 +66,7 @@ def store(tokens: Stage, model: Model, sites: Sequence[str], config: CaptureConf
         check_vocabulary(read, model)
         blocks = read.manifest["blocks"]
         work = {"capture": capture.Capture(path, taken)}
-        cost = over_blocks(bench, work, blocks, capture.done, read.path, model.loading(inputs))
+        cost = over_blocks(bench, work, blocks, is_written, read.path, model.loading(inputs))
         facts = capture.finish(path, blocks, taken, model.fingerprint(inputs), config.max_non_finite_fraction)
         lost = {f"rows of more than {config.max_norm_ratio or 0:g} times the median norm": facts["norm_outliers"]}
         lost["rows with NaN or inf"] = next(iter(facts["sites"].values()))["non_finite"]

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from raysae.bench import Bench
 
 
-def blocks_of(tokens: Made, split: str) -> list[dict]:
+def blocks_of(tokens: Made, split: str) -> list[dict[str, Any]]:
     """Entries of a split's blocks in the token manifest."""
     return [block for block in tokens.manifest["blocks"] if block["split"] == split]
 
 
-def names_of(blocks: Sequence[dict]) -> list[str]:
+def names_of(blocks: Sequence[dict[str, Any]]) -> list[str]:
     """The blocks' names, which are their shards' too."""
     return [block["name"] for block in blocks]
 
@@ -30,7 +30,7 @@ def names_of(blocks: Sequence[dict]) -> list[str]:
 def over_blocks(
     bench: Bench,
     works: Mapping[str, Any],
-    blocks: Sequence[dict],
+    blocks: Sequence[dict[str, Any]],
     done: Callable[[Path, str], bool],
     tokens: Path,
     model: Mapping[str, Any],
