@@ -4,18 +4,24 @@ import re
 import subprocess
 import sys
 
+import pytest
 from report.test_report import Page
 
 from raysae.files import write_json
 from raysae.gates.criteria import Gate
 from raysae.gates.decision import settle
-from raysae.gates.metrics import Metric, register
+from raysae.gates.metrics import METRICS, Metric, register
 from raysae.report import Part, page
 from raysae.report.parts import config, decision, gate, nulls, probes
 
-register(Metric("parts_recovery", "higher"))
 ASKED = {"criterion": "the factors are found", "metric": "parts_recovery", "op": ">=", "threshold": 0.5, "why": "so"}
-GATE = Gate.model_validate({"name": "factors", "criteria": [ASKED], "choose": None})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _of_a_study():
+    register(Metric("parts_recovery", "higher"))
+    yield
+    del METRICS["parts_recovery"]  # other files' tests know the metrics of the package alone
 
 
 def factors(run_dir):
@@ -27,8 +33,9 @@ OWN = Part("factors", "Factors", "<h2>Factors</h2>{% for name in factors %}<p>{{
 
 def study(folder, value=0.75):
     """A study's folder: no table, no SAE that was chosen."""
+    gate_of_study = Gate.model_validate({"name": "factors", "criteria": [ASKED], "choose": None})
     null = {"kind": "shuffled", "parts_recovery": 0.1, "parts_recovery_low": 0.05, "parts_recovery_high": 0.15}
-    write_json(folder / "decision.json", settle(GATE, "g.yaml", {"parts_recovery": value}, {"n": null}))
+    write_json(folder / "decision.json", settle(gate_of_study, "g.yaml", {"parts_recovery": value}, {"n": null}))
     return folder
 
 
