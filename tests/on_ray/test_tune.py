@@ -136,7 +136,7 @@ def test_no_secret_goes_through_rays_log_to_a_trial(monkeypatch, tmp_path):
     monkeypatch.setattr(tune.tune, "with_parameters", lambda trainable, **_: trainable)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "SECRET")
-    trial = SimpleNamespace(root=tmp_path, recipe=SimpleNamespace(steps=1, batch_size=1))
+    trial = SimpleNamespace(root=tmp_path, tokens=1)
     tune.run_sweep(search(), trial, Pruning(), tune.Placement(1, 1.0, 0.0, 1), 0)
     assert handed and "SECRET" not in handed[0].values()
 
