@@ -16,6 +16,7 @@ test: $(VENV)/.dev  ## the whole test suite, two tests at a time; names the slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev  ## every benchmark, each with a table

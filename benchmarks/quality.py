@@ -161,7 +161,9 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--store", type=Path)
-    parser.add_argument("--earlier", type=Path, help="what --json wrote: the other libraries' outcomes are taken from it")
+    parser.add_argument(
+        "--earlier", type=Path, help="what --json wrote: the other libraries' outcomes are taken from it"
+    )
     parser.add_argument("--architectures", nargs="+", default=list(START), choices=list(START))
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of each SAE")
     parser.add_argument("--seeds", type=int, default=3)

@@ -155,7 +155,11 @@ def compare(root: Path, store: Store, site: str, sae: Path, blocks: Sequence[Tok
         named.model_class_name, named.model_name or made_with["name"], "cpu", loading, hook_names=[named.hook_name]
     )
     ids, kept = filled(blocks, model.tokenizer)
-    dataset, length, batches = Dataset.from_dict({"input_ids": ids.tolist()}), ids.shape[1], len(ids) // SEQUENCES_AT_ONCE
+    dataset, length, batches = (
+        Dataset.from_dict({"input_ids": ids.tolist()}),
+        ids.shape[1],
+        len(ids) // SEQUENCES_AT_ONCE,
+    )
     served = ActivationsStore.from_sae(
         model, theirs, dataset, context_size=length, streaming=False, store_batch_size_prompts=SEQUENCES_AT_ONCE
     )
@@ -227,7 +231,9 @@ def zeroed_everywhere(host: ModelHost, site: str, ids: torch.Tensor, kept: torch
     return total / count
 
 
-def agree(table: common.Table, name: str, theirs: float, ours: float, tolerance: float | None, by: str = "SAELens") -> None:
+def agree(
+    table: common.Table, name: str, theirs: float, ours: float, tolerance: float | None, by: str = "SAELens"
+) -> None:
     shown = f"{name}: {by} {theirs:.5f}, raysae {ours:.5f}; difference"
     table.add(shown, abs(ours - theirs), at_most=tolerance)
 

@@ -70,7 +70,9 @@ def run(job: DirectionsJob, bench: Bench | None = None) -> Run:
         def fill(folder: Path) -> None:
             found = {i: [m["mean_max_cosine"], m["random"]] for i, m in metrics.items()}
             write_json(folder / "directions.json", found)
-            write_json(folder / "decision.json", {**settle(study.gate, str(job.gate), metrics[best], null), "chosen": best})
+            write_json(
+                folder / "decision.json", {**settle(study.gate, str(job.gate), metrics[best], null), "chosen": best}
+            )
             read_table(swept.path / "table.parquet").to_parquet(folder / "table.parquet")
 
         return study.write(fill, [PART, gate.PART, cost.PART, config.PART])

@@ -134,7 +134,9 @@ def test_an_output_that_cannot_be_written_to(refused, tmp_path, monkeypatch):
         folder.mkdir(parents=True)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in denied and access(path, mode))
-    assert f"output: {tmp_path / 'theirs'} cannot be written to" in refused("--output", str(tmp_path / "theirs" / "new"))
+    assert f"output: {tmp_path / 'theirs'} cannot be written to" in refused(
+        "--output", str(tmp_path / "theirs" / "new")
+    )
     assert f"output: {tmp_path / 'ours' / 'stages'} cannot be written to" in refused("--output", str(tmp_path / "ours"))
 
 
@@ -147,10 +149,18 @@ class FromWorker(RuntimeError):
 DISK = [
     (OSError(ENOSPC, "No space left on device", "/out/x.json"), 1, "fault: disk full at /out/x.json; with room made"),
     (OSError(EDQUOT, "Disk quota exceeded", "/out/x.json"), 1, "fault: disk full at /out/x.json"),
-    (RuntimeError("trial: OSError: [Errno 28] No space left on device: '/out/y'"), 1, "fault: disk full at /out/y; with"),
+    (
+        RuntimeError("trial: OSError: [Errno 28] No space left on device: '/out/y'"),
+        1,
+        "fault: disk full at /out/y; with",
+    ),
     (ValueError("I/O error: No space left on device (os error 28)"), 1, "fault: disk full at the output root or"),
     (FromWorker("ray::task() failed"), 1, "fault: disk full at /out/shard.safetensors"),
-    (PermissionError(EACCES, "Permission denied", "/out/.lock"), 2, "error: /out/.lock: Permission denied; make it yours"),
+    (
+        PermissionError(EACCES, "Permission denied", "/out/.lock"),
+        2,
+        "error: /out/.lock: Permission denied; make it yours",
+    ),
     (OSError(EROFS, "Read-only file system", "/out/new"), 2, "error: /out/new: Read-only file system; make it yours"),
 ]
 

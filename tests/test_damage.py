@@ -117,9 +117,7 @@ def test_the_job_stops_at_a_damaged_stage(run, again, nothing_starts):
 
 
 def test_no_reader_takes_a_run_with_damage_in_it(run, tmp_path, nothing_starts):
-    gate, bundle, replicate, probe = (
-        getattr(cli, name) for name in ("gate", "bundle", "replicate", "probe")
-    )
+    gate, bundle, replicate, probe = (getattr(cli, name) for name in ("gate", "bundle", "replicate", "probe"))
     for file in files_of(run.path):
         for how in DAMAGE:
             with damaged(file, how):

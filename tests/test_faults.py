@@ -103,7 +103,9 @@ def same(run: raysae.Run, undisturbed: raysae.Run) -> None:
     assert rows_of(run.path.parent) == rows_of(undisturbed.path.parent)
     assert sae_hashes(run.path) == sae_hashes(undisturbed.path)
     timed = ["train_seconds"]
-    pd.testing.assert_frame_equal(run.table.drop(columns=timed), undisturbed.table.drop(columns=timed), check_exact=True)
+    pd.testing.assert_frame_equal(
+        run.table.drop(columns=timed), undisturbed.table.drop(columns=timed), check_exact=True
+    )
     pd.testing.assert_frame_equal(run.curves, undisturbed.curves, check_exact=True)
     assert timeless(run.decision) == timeless(undisturbed.decision)
 
@@ -245,7 +247,9 @@ def test_a_run_goes_on_from_every_moment_to_the_same_bits(ray_cluster, forked, u
     assert not list(run.path.parent.glob("stages/sweep-*/state/*/*"))
 
 
-def test_an_sae_that_failed_for_good_is_tried_again_by_the_next_run(ray_cluster, undisturbed, arithmetic_model, tmp_path):
+def test_an_sae_that_failed_for_good_is_tried_again_by_the_next_run(
+    ray_cluster, undisturbed, arithmetic_model, tmp_path
+):
     shutil.copytree(undisturbed.path.parent / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns(".locks"))
     folder, failing = stage_of(tmp_path, "sweep"), "003-topk-x4-k4-s0"
     (folder / "manifest.json").unlink()

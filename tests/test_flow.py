@@ -194,7 +194,9 @@ def test_a_run_builds_on_a_no_go_only_with_a_waiver(run, arithmetic_model, outpu
     assert sae_hashes(after.path) == sae_hashes(run.path)
 
 
-def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopped(arithmetic_model, tmp_path, monkeypatch):
+def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopped(
+    arithmetic_model, tmp_path, monkeypatch
+):
     """Plain files where the stages would be: nothing is left to measure, and no cluster is started."""
 
     stages: dict[str, Made] = {}
@@ -218,7 +220,13 @@ def test_a_run_in_which_no_sae_completes_is_a_no_go_that_says_how_each_was_stopp
     pd.DataFrame([{"sae_id": row["sae_id"], **curve} for row in rows]).to_parquet(saes.path / "curves.parquet")
     made("measurement", saes={}, blocks=[]), made("evaluation", metrics={}), made("nulls", nulls={})
     made("records"), made("tokens", blocks=[])
-    facts_of_store = {"model": {"name": "m"}, "rows": {"train": 9}, "dtype": "float32", "left_out": {}, "not_compared": 0.0}
+    facts_of_store = {
+        "model": {"name": "m"},
+        "rows": {"train": 9},
+        "dtype": "float32",
+        "left_out": {},
+        "not_compared": 0.0,
+    }
     made("store", sites={site: {}}, **facts_of_store)
     job = small_job(
         arithmetic_model, tmp_path / "results", sweep={"seeds": [0, 1]}, run="r", probes={"labels": ["step"]}
@@ -393,7 +401,10 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "empty": ({"data": {"source": "text", "path": str(empty)}}, "empty.txt"),
         "surrogate": ({"data": {"source": "dataset", "path": str(half)}}, "half.jsonl:1: \\ud800"),
         "utf-16": ({"data": {"source": "dataset", "path": str(wide)}}, "wide.jsonl: not UTF-8"),
-        "null": ({"data": {"source": "dataset", "path": str(null)}}, "null.jsonl row 1: data.columns.question holds None"),
+        "null": (
+            {"data": {"source": "dataset", "path": str(null)}},
+            "null.jsonl row 1: data.columns.question holds None",
+        ),
         "vocabulary": ({"model": {"name": str(small)}}, "model.tokenizer: "),
         "vision": ({"model": {"name": str(vision)}}, "is a llava around a llama"),
         "unknown site": ({"capture": {"sites": ["blocks.9.resid_post"]}}, "capture.sites"),

@@ -32,7 +32,9 @@ MANIFEST: dict[str, Any] = {
 
 def names_of(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *fields: str) -> list[str]:
     """Folders of a job's stages in the order of the study, without making any; weights are called as their folder."""
-    return names_of_job(load_config(SweepJob, ["--config", str(config), "--output", str(tmp_path), *fields]), monkeypatch)
+    return names_of_job(
+        load_config(SweepJob, ["--config", str(config), "--output", str(tmp_path), *fields]), monkeypatch
+    )
 
 
 def names_of_job(job: SweepJob, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -45,7 +45,9 @@ def test_the_example_study_on_both_benches(ray_cluster, example, tmp_path):
     assert on_ray.path.name == local.path.name, "where work runs is no part of what a run is"
     both = [stage_of(tmp_path / name, "sweep") for name in ("local", "ray")]
     assert sae_hashes(both[0]) == sae_hashes(both[1]) and len(sae_hashes(both[0])) == 2
-    pd.testing.assert_frame_equal(*(run.table.drop(columns="train_seconds") for run in (local, on_ray)), check_exact=True)
+    pd.testing.assert_frame_equal(
+        *(run.table.drop(columns="train_seconds") for run in (local, on_ray)), check_exact=True
+    )
     assert timeless(local.decision) == timeless(on_ray.decision)
     assert (local.path / "directions.json").read_bytes() == (on_ray.path / "directions.json").read_bytes()
 

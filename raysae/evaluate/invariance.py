@@ -51,7 +51,9 @@ def read_latents(host: ModelHost, block: TokenBlock, task: Reading) -> dict[str,
     for batch in micro_batches(block, task.tokens_per_forward):
         x = host.read(batch.input_ids, batch.attention_mask, (task.site,))[task.site]
         rows = x[batch.mask.to(x.device)].float()
-        codes = torch.from_numpy(np.concatenate([block.example[i][block.loss_mask[i]] for i in batch.index])).to(x.device)
+        codes = torch.from_numpy(np.concatenate([block.example[i][block.loss_mask[i]] for i in batch.index])).to(
+            x.device
+        )
         for start in range(0, len(rows), ROWS_AT_ONCE):
             f, example = sae.encode(rows[start : start + ROWS_AT_ONCE]), codes[start : start + ROWS_AT_ONCE]
             total.index_add_(0, example, f)

@@ -84,7 +84,11 @@ def subject(store: Path, site: str, sae: Path) -> Subject:
 
 
 def probe(
-    subject: Subject, problems: Sequence[Problem], labels: Sequence[str], settings: Settings, other: Subject | None = None
+    subject: Subject,
+    problems: Sequence[Problem],
+    labels: Sequence[str],
+    settings: Settings,
+    other: Subject | None = None,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Probe each label: a table with a row per label, input and probe; and by label sizes, gaps, leakage and effects.
 
@@ -296,7 +300,8 @@ def probe_label(
     shared = Shared(groups, group_folds(groups, settings.folds), weights, settings)
     probes = probe_inputs(inputs, y, rows, shared)
     task = control_task(rows["token_id"].to_numpy(), y, settings.seed)
-    by_heart = all(len(np.unique(task[shared.fold != f])) > 1 for f in np.unique(shared.fold))  # else too few word types
+    # Else too few word types.
+    by_heart = all(len(np.unique(task[shared.fold != f])) > 1 for f in np.unique(shared.fold))
     table: list[dict[str, Any]] = []
     for probe in probes:
         entry = _entry(probe, settings)
@@ -347,15 +352,18 @@ def _entry(probe: Probed, settings: Settings) -> dict[str, Any]:
         entry |= _with_interval(metric, values, settings)
     total, fit, x = probe.scored.confusion.sum(0), probe.fit, probe.x
     often = pd.Series([column for fold in fit.columns for column in fold], dtype=int).value_counts()
-    return entry | {
-        "accuracy": float(total.trace() / total.sum()),
-        "recall": recall(total).tolist(),  # by class
-        "columns": often.index[: len(fit.columns[0])].tolist() if fit.columns else None,  # chosen by most folds
-        "c": fit.c,
-        "not_converged": sum(not c for c in fit.converged),
-        "n_columns": x.shape[1] if x is not None else 0,
-        "l0": x.nnz / x.shape[0] if sparse.issparse(x) else None,
-    }
+    return (
+        entry
+        | {
+            "accuracy": float(total.trace() / total.sum()),
+            "recall": recall(total).tolist(),  # by class
+            "columns": often.index[: len(fit.columns[0])].tolist() if fit.columns else None,  # chosen by most folds
+            "c": fit.c,
+            "not_converged": sum(not c for c in fit.converged),
+            "n_columns": x.shape[1] if x is not None else 0,
+            "l0": x.nnz / x.shape[0] if sparse.issparse(x) else None,
+        }
+    )
 
 
 def _selectivity(probe: Probed, task: np.ndarray, shared: Shared) -> dict[str, float]:
@@ -452,7 +460,11 @@ def effects(
         return facts
     x, positive = x[:, tested], y == kept[:, None]
     scores = RankScores(x)
-    z, auroc, null = scores.z(positive), scores.auroc(positive), scores.largest_null(positive, permutations, settings.seed)
+    z, auroc, null = (
+        scores.z(positive),
+        scores.auroc(positive),
+        scores.largest_null(positive, permutations, settings.seed),
+    )
     p, d = family_wise_p(np.abs(z), null), cohens_d(x, positive)
     fires = (x != 0).astype(np.float64)
     inside, outside = ((fires.T @ (rows / rows.sum(1, keepdims=True)).T).T for rows in (positive, ~positive))

@@ -320,7 +320,11 @@ def fired(root: Path, names: Sequence[str], sae_id: str) -> np.ndarray:
 
 
 def collect(
-    root: Path, names: Sequence[str], table: pd.DataFrame, metrics: Mapping[str, Mapping[str, Any]], bootstrap: Bootstrap
+    root: Path,
+    names: Sequence[str],
+    table: pd.DataFrame,
+    metrics: Mapping[str, Mapping[str, Any]],
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """The content of stability.json: `configurations`, `saes` (columns of the table by sae_id), `nulls`, and the rule.
 

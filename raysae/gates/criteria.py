@@ -82,7 +82,9 @@ class Criterion(Bound):
         for bound in (self, self.fallback):
             better = METRICS[bound.metric].direction if bound and self.must_beat else None
             if bound and better and bound.below != (better == "lower"):
-                raise ValueError(f"op {bound.op}: with must_beat it must say what is better, {better} {bound.metric} is")
+                raise ValueError(
+                    f"op {bound.op}: with must_beat it must say what is better, {better} {bound.metric} is"
+                )
         return self
 
     def asked(self, metrics: Mapping[str, Any]) -> Criterion:

@@ -118,7 +118,9 @@ def _candidates(
             reason = f"passes, but {len(seeds) - len(passing)} of the {len(seeds)} seeds of its configuration do not"
         else:
             candidates.append(trade.candidate(rule, seeds, set(passing), failed))
-            reason = f"passes, but {candidates[-1].sae_id} stands for its configuration: nearer to the mean of its seeds"
+            reason = (
+                f"passes, but {candidates[-1].sae_id} stands for its configuration: nearer to the mean of its seeds"
+            )
         rejected |= {i: [reason] for i in passing}
     return candidates
 

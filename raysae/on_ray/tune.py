@@ -107,7 +107,9 @@ class SweepProgress(Callback):
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         metrics = _metrics_of(result)
         self.last.update(metrics)
         if self.progress is not None:

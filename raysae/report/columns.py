@@ -142,7 +142,9 @@ def interval(name: str, low: Any, high: Any) -> str:
 
 def decimals(value: Any, low: Any = None, high: Any = None) -> dict[str, str]:
     """A score between -1 and 1 that is no column of the table, with its interval."""
-    value, *ends = (f"{x:.3f}".replace("-", "−") if is_number(x) and math.isfinite(x) else "–" for x in (value, low, high))
+    value, *ends = (
+        f"{x:.3f}".replace("-", "−") if is_number(x) and math.isfinite(x) else "–" for x in (value, low, high)
+    )
     return {"value": value, "interval": "" if "–" in ends else f"[{ends[0]}, {ends[1]}]"}
 
 

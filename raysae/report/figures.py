@@ -280,7 +280,13 @@ def _iso(axes: Axes, table: pd.DataFrame, decision: Mapping[str, Any], y: str) -
     rows = [row for row in records(drawn) if row["sae_id"] in chosen]
     if rule.error != y or not rows:
         return []
-    style: dict[str, Any] = {"color": INK, "linewidth": 1.1, "linestyle": (0, (5, 2, 1, 2)), "alpha": 0.8, "zorder": 1.4}
+    style: dict[str, Any] = {
+        "color": INK,
+        "linewidth": 1.1,
+        "linestyle": (0, (5, 2, 1, 2)),
+        "alpha": 0.8,
+        "zorder": 1.4,
+    }
     for row in rows:
         line = trade.iso(rule, row)
         if line is None:  # a rule that looks at L0 first
@@ -311,7 +317,13 @@ def _finish(
         metric, threshold = criterion.get("metric"), criterion.get("threshold")
         if metric not in (x, y) or not is_number(threshold) or (metric == "l0" and threshold <= 0):
             continue
-        place: dict[str, Any] = {"textcoords": "offset points", "color": INK, "fontsize": 8, "bbox": PLATE, "zorder": 1.6}
+        place: dict[str, Any] = {
+            "textcoords": "offset points",
+            "color": INK,
+            "fontsize": 8,
+            "bbox": PLATE,
+            "zorder": 1.6,
+        }
         place["annotation_clip"] = True  # a bound off the scale has no label, which would squeeze the axes to reach it
         text = f"gate {show_threshold(metric, criterion.get('op', ''), threshold)}"
         style: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "alpha": 0.7, "zorder": 1.5}
@@ -337,7 +349,13 @@ def _finish(
     widest = 0.45 + 0.07 * max((len(str(handle.get_label())) for handle in handles), default=0)  # inches, with its sign
     rows = math.ceil(len(handles) * widest / figure.get_figwidth())
     columns = math.ceil(len(handles) / max(rows, 1))
-    look: dict[str, Any] = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handletextpad": 0.3, "columnspacing": 1.1}
+    look: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": 8,
+        "labelcolor": INK,
+        "handletextpad": 0.3,
+        "columnspacing": 1.1,
+    }
     look |= {"ncols": max(columns, 1), "handlelength": 1.6 if lines else 1.2}
     figure.legend(handles=handles, loc="outside lower center", **look).set_gid("legend")
     return figure

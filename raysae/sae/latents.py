@@ -80,7 +80,8 @@ class Dense:
 
     def counts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Entries that are not zero of each row, their Σ|f| [rows], and those of each column [d_sae]."""
-        on = (self.values != 0).view(torch.uint8)  # sums of bytes into int32 are many times faster than of bool into int64
+        # Sums of bytes into int32 are many times faster than of bool into int64.
+        on = (self.values != 0).view(torch.uint8)
         return on.sum(1, dtype=torch.int32), self.values.abs().sum(1), on.sum(0, dtype=torch.int32)
 
 
@@ -167,7 +168,8 @@ def entries(f: Tensor, on: Tensor | None = None) -> Latents:
     """f [rows, d_sae] with the places where `on` (f ≠ 0, if None): sparse where that pays."""
     if not sparse_pays(0.0, f.device):
         return Dense(f)
-    some = (f if on is None else on)[::16] != 0  # a sixteenth of the rows: to count all costs as much as a product at d 64
+    # A sixteenth of the rows: to count all costs as much as a product at d 64.
+    some = (f if on is None else on)[::16] != 0
     if not sparse_pays(int(torch.count_nonzero(some)) / some.numel(), f.device):
         return Dense(f)
     on = f != 0 if on is None else on

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raysae.stages.model import Model
     from raysae.stages.store import Captured
 
+
 class Measuring(NamedTuple):
     """How SAEs are measured."""
 
@@ -297,9 +298,7 @@ def probes(
     return Stage("probes", 3, settings, inputs, build, implied=implied)
 
 
-def features(
-    how: Measuring, captured: Captured, saes: Stage, records: Stage, sae_id: str, site: str
-) -> Stage:
+def features(how: Measuring, captured: Captured, saes: Stage, records: Stage, sae_id: str, site: str) -> Stage:
     """What each latent of an SAE fires on, over validation rows: the files of `evaluate.features`."""
 
     def build(path: Path, inputs: Inputs, bench: Bench) -> Mapping[str, Any]:

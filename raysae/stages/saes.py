@@ -119,7 +119,8 @@ class Sweep:
     @property
     def identity(self) -> dict[str, Any]:
         """What its SAEs depend on beside the store: of the coefficients, those of the architectures that are trained."""
-        s, t, l1 = self.config, self.training, any(COEFFICIENT[a] == "l1_coefficient" for a in self.config.architectures)
+        s, t = self.config, self.training
+        l1 = any(COEFFICIENT[a] == "l1_coefficient" for a in s.architectures)
         searched = {a: list(self.coefficients(a)[1]) for a in s.architectures}
         trained = t.model_dump(mode="json", include=set(OF_TRAINING))
         trained |= {"base_learning_rate": t.base_learning_rate} if t.learning_rate is None else {}
@@ -217,9 +218,7 @@ def saes(sweep: Sweep, captured: Captured, data: DataConfig | None = None) -> St
     return Stage("sweep", 9, sweep.identity, captured.inputs, build, implied=implied)
 
 
-def nulls(
-    kinds: Sequence[str], sweep: Sweep, saes: Stage, captured: Captured, data: DataConfig | None = None
-) -> Stage:
+def nulls(kinds: Sequence[str], sweep: Sweep, saes: Stage, captured: Captured, data: DataConfig | None = None) -> Stage:
     """Nulls of these kinds, beside the SAEs that they are compared with, made from its store: `saes/`, named in the
     manifest."""
 

@@ -203,6 +203,7 @@ class SweepStudy(Study):
         shown = [(below, self.workspace.make(stage)) for below, stage in stages]
         swept, kept = self.workspace.make(self.saes), self.workspace.make(self.captured.store).manifest
         metrics = metrics_of(self.workspace.make(self.validation.evaluation))
+
         def fill(folder: Path) -> None:
             write_atomic(folder / "table.parquet", lambda path: table.to_parquet(path, index=False))
             write_atomic(folder / "table.csv", lambda path: table.to_csv(path, index=False))
@@ -329,6 +330,7 @@ class SweepStudy(Study):
         for name, (records, _) in self.away.items():
             hashes[f"transfer.{name}.path"] = _source_hash(records)
         return hashes
+
 
 @contextmanager
 def _of_transfer(name: str) -> Iterator[None]:

@@ -81,7 +81,9 @@ def test_a_store_says_what_became_no_row_and_hangs_on_the_norm_ratio_and_the_mod
     dropped = cut.manifest["norm_outliers"]
     assert 0 < dropped == sum(plain.manifest["rows"].values()) - sum(cut.manifest["rows"].values())
     said = f"{dropped} rows of more than 1.05 times the median norm"
-    assert cut.manifest["left_out"][said.partition(" ")[2]] == dropped and f"left out: {said}" in capsys.readouterr().out
+    assert (
+        cut.manifest["left_out"][said.partition(" ")[2]] == dropped and f"left out: {said}" in capsys.readouterr().out
+    )
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-2}))
@@ -97,7 +99,9 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_one_line_before_anything_is_
     rows = [{"question": f"{a} has {i} apples."} for i, a in enumerate(["Ada", "Ben", "Cleo", "Dan", "Emma"] * 3)]
     for _ in range(2):  # from a fresh stage, and from a finished one
         made = study_of(tmp_path, rows, model, near_duplicate_similarity=None)
-        with pytest.raises(UserError, match=r"^model\.tokenizer: .* makes token \d+, .* has 64 rows; name the model's own"):
+        with pytest.raises(
+            UserError, match=r"^model\.tokenizer: .* makes token \d+, .* has 64 rows; name the model's own"
+        ):
             made.prepare()
         with pytest.raises(UserError, match=r"^model\.tokenizer: "):
             made.workspace.make(made.captured.store)

@@ -73,7 +73,9 @@ def test_bad_rows_stop_or_are_left_out_and_counted(write):
     left_out = LeftOut(skip=True)
     assert [p.example_id for p in load_problems("dataset", path, left_out=left_out)] == ["set/0", "set/4"]
     assert (len(left_out.bad), left_out.blank) == (2, 1)
-    assert left_out.lines()[0].startswith(f"2 bad rows left out, the first {path} row 1: data.columns.question holds None")
+    assert left_out.lines()[0].startswith(
+        f"2 bad rows left out, the first {path} row 1: data.columns.question holds None"
+    )
     assert left_out.lines()[1] == "1 rows without text left out"
 
     path = write("train.jsonl", GOOD, "[1]", LONE, "{", '{"question": "q?", "answer": null}', GOOD, "[" * 10**5)

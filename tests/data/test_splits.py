@@ -93,7 +93,9 @@ def test_too_few_groups_is_the_users_mistake_and_what_helps_is_said():
 
     words = [" ".join(random.Random(i).choices(WORDS, k=20)) for i in range(20)]
     sums = [f"What is the sum of {i} and {i + 1}?" for i in range(20)]
-    assert re.match(r"data\.path: 20 examples form 1 group, .* 1 different texts: give more", refused(["the same"] * 20))
+    assert re.match(
+        r"data\.path: 20 examples form 1 group, .* 1 different texts: give more", refused(["the same"] * 20)
+    )
     assert re.match(r"data\.columns\.group: 20 examples form 1 group, .* 1 different", refused(words, group="g"))
     said = refused(sums)
     assert re.match(r"data\.near_duplicate_similarity: 20 examples form 1 group, .*numbers.*null", said)

@@ -226,7 +226,9 @@ def test_intervals_hold_the_value_and_rest_on_the_same_formula(world):
     total = table[table["sae_id"] == "relu"].sum(numeric_only=True)
     x = torch.cat([world.store.shard(SITE, b.name) for b in world.blocks]).double()
     exact = (x - x.mean(0)).square().sum() / (x - world.store.mean(SITE)).square().sum()
-    for name, value in zip(RANKED, values_of([*RANKED], exact.item(), total.index)(total.to_numpy()[None])[0], strict=True):
+    for name, value in zip(
+        RANKED, values_of([*RANKED], exact.item(), total.index)(total.to_numpy()[None])[0], strict=True
+    ):
         assert value == pytest.approx(found[name], rel=1e-9), name
     assert found["explained_variance_low"] == pytest.approx(1 - found["fvu_high"])
 
@@ -322,7 +324,9 @@ def test_norms_of_ordinary_rows_are_usual(tmp_path):
     far = (x + 50).index_copy(0, torch.tensor([7]), 30 * x[7:8] + 50)  # from the others: its norm about 0 is as theirs
     of_far = usual_rows(tiny_store(tmp_path / "far", [("train", far)], SITE), SITE).of(far)
     assert (~of_far).nonzero().tolist() == [[7]]
-    held_out = tiny_store(tmp_path / "held_out", [("test", unit)], SITE)  # a dataset to transfer to has no training rows
+    held_out = tiny_store(
+        tmp_path / "held_out", [("test", unit)], SITE
+    )  # a dataset to transfer to has no training rows
     assert usual_rows(held_out, SITE).of(unit).all()
 
 

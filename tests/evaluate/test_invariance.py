@@ -79,9 +79,7 @@ class Collected:
     def __init__(self, tmp_path):
         self.tmp_path, tokenizer = tmp_path, build_tokenizer()
         sampled = [make_problem(f"p/{i}", "toy", f"Ada has {i + 3} apples.", answer="#### 4") for i in range(6)]
-        made = [
-            replace(p, example_id=f"{p.example_id}#{ORIGINAL}", answer="", split="validation") for p in sampled
-        ]
+        made = [replace(p, example_id=f"{p.example_id}#{ORIGINAL}", answer="", split="validation") for p in sampled]
         for i, p in enumerate(sampled):
             if i != 5:  # 5 holds nothing of the kind
                 text = p.question if i == 4 else f"Ada has {i + 20} apples."  # 4 keeps its tokens

@@ -271,7 +271,10 @@ def test_the_null_to_beat_is_the_one_beside_the_sae_at_its_l0():
     short = {**controls, "control-untrained-1": own | {"l0": 7.0}}
     assert judged(BEATS, mine, short).reason.endswith("0.4 of control-untrained-2")
     assert judged(BEATS, mine | {"l0": 30.0}, controls).reason.endswith("at its L0 or above")
-    code = around("fvu", 0.35, 0.001) | {"sae_id": "control-pca", "beside": ["a"]}  # judged by what stands beside "a" too
+    code = around("fvu", 0.35, 0.001) | {
+        "sae_id": "control-pca",
+        "beside": ["a"],
+    }  # judged by what stands beside "a" too
     assert judged(BEATS, code, controls).baseline_value == 0.6
 
 
@@ -295,9 +298,7 @@ def test_a_difference_by_group_decides_where_there_is_one():
         "not clearly better (by -0.095 [-0.2, 0.01], paired by group) than 0.6 of control-untrained" in verdict.reason
     )
     apart = {UNTRAINED: around("fvu", 0.8, 0.01)}
-    assert (
-        judged(BEATS, around("fvu", 0.5, 0.01) | {"sae_id": "a"}, apart, subtract=lambda *_: None).verdict == "pass"
-    )
+    assert judged(BEATS, around("fvu", 0.5, 0.01) | {"sae_id": "a"}, apart, subtract=lambda *_: None).verdict == "pass"
     upwards = {"metric": "ce_loss_recovered", "op": ">=", "threshold": 0.1, "must_beat": "untrained"}
     more = around("ce_loss_recovered", 0.9, 0.2) | {"sae_id": "a"}
     rival = {UNTRAINED: around("ce_loss_recovered", 0.8, 0.2)}
@@ -485,8 +486,14 @@ def test_a_study_s_metric_is_judged_as_any_other_without_an_l0():
     assert "no such control was measured" in judged(STUDY, mine, {"any-shuffled": null}).reason, "no L0 to compare at"
     few = judged(STUDY | {"confidence": "interval"}, mine | {"n_problems": 19}, {"any-shuffled": null}, choose=None)
     assert few.reason == "for want of groups: toy_recovery rests on 19, and an interval takes 20"
-    near = {"any-shuffled": null, "other-shuffled": null | {"toy_recovery_high": 0.75}, "any-pca": {"toy_recovery": 0.99}}
-    assert judged(STUDY, mine, near, choose=None).reason.endswith("0.3 of other-shuffled"), "each of the kind, and no other"
+    near = {
+        "any-shuffled": null,
+        "other-shuffled": null | {"toy_recovery_high": 0.75},
+        "any-pca": {"toy_recovery": 0.99},
+    }
+    assert judged(STUDY, mine, near, choose=None).reason.endswith("0.3 of other-shuffled"), (
+        "each of the kind, and no other"
+    )
     alone = judged(STUDY, mine, choose=None)
     assert alone.reason == "toy_recovery must beat that of a null of kind shuffled, but no such control was measured"
 
@@ -557,7 +564,10 @@ def written(tmp_path, text=None, sparse=SPARSE, **changes):
         ({"why": None}, ("criteria.0.why", "required")),
         ({"confidence": "95"}, ("criteria.0.confidence", "'95'", "'point' or 'interval'")),
         ({"must_beat": ""}, ("criteria.0.must_beat", "at least 1")),
-        ({"fallback": {"metric": "ce_dleta", "op": "<=", "threshold": 0.1}}, ("criteria.0.fallback.metric", "'ce_delta'")),
+        (
+            {"fallback": {"metric": "ce_dleta", "op": "<=", "threshold": 0.1}},
+            ("criteria.0.fallback.metric", "'ce_delta'"),
+        ),
         ({"fallback": "ce_delta"}, ("criteria.0.fallback", "'ce_delta'")),
         ({"criterion": "sparse"}, ("criteria must differ in their words", "sparse")),
         ({"text": "name: toy\ncriteria: []\n"}, ("criteria", "at least 1")),
@@ -608,7 +618,9 @@ def test_only_a_gate_that_chooses_an_sae_must_bound_its_l0(tmp_path):
     study = load_gate(gate(choose=None))
     assert study.choose is None
     for fields in ({}, {"choose": "knee"}):
-        with pytest.raises(UserError, match=r"mandatory upper bound on l0.*or choose: null where the gate chooses no SAE"):
+        with pytest.raises(
+            UserError, match=r"mandatory upper bound on l0.*or choose: null where the gate chooses no SAE"
+        ):
             load_gate(gate(**fields))
     with pytest.raises(UserError, match=r"^choose: null, but a sweep's gate must choose an SAE.*\(in g.yaml\)$"):
         check_can_choose(study, NULLS, Path("g.yaml"))

@@ -299,7 +299,10 @@ def test_a_smaller_one_must_pass():
     assert chosen(table, gate) == "wide-1"
     assert chosen(table.assign(dead_fraction=0.0), gate) == "small"
     better = small.assign(dead_fraction=0.5, fvu=0.01)
-    assert chosen(pd.concat([table, better.assign(sae_id="best", l1_coefficient=9.0)], ignore_index=True), gate) == "wide-1"
+    assert (
+        chosen(pd.concat([table, better.assign(sae_id="best", l1_coefficient=9.0)], ignore_index=True), gate)
+        == "wide-1"
+    )
     for change in ({"fvu": 0.31}, {"status": "pruned"}):
         assert chosen(pd.concat([seeded(*WIDE), small.assign(**change)], ignore_index=True)) == "wide-1"
 

@@ -65,7 +65,9 @@ def test_transformer_lens_reads_each_site_that_it_has(
     config.architectures, config.n_ctx = [type(host.model).__name__], 64  # as published configs have it
     monkeypatch.setattr(loading, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_, **__: config))
     words = Tokenizer(WordLevel({str(i): i for i in range(61)}, unk_token="3"))
-    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2", pad_token="0").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="1", eos_token="2", pad_token="0").save_pretrained(
+        tmp_path
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     hooked = lens.HookedTransformer.from_pretrained_no_processing(known, hf_model=host.model, tokenizer=tokenizer)
     hooks = {site: transformer_lens_hook(parse_site(site, BLOCKS)) for site in all_sites(BLOCKS)}

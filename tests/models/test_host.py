@@ -515,7 +515,9 @@ def test_what_a_caller_can_get_wrong() -> None:
         host.read(ids, mask[:, 1:], ["embed"])
     with pytest.raises(ValueError, match="65 positions, but the context of gpt2 is 64"):
         host.read(torch.zeros(1, 65, dtype=torch.long), None, ["embed"])
-    with pytest.raises(UserError, match=rf"model\.tokenizer: token {VOCAB}, but the embedding of gpt2 has {VOCAB} rows"):
+    with pytest.raises(
+        UserError, match=rf"model\.tokenizer: token {VOCAB}, but the embedding of gpt2 has {VOCAB} rows"
+    ):
         host.read(torch.full((1, 3), VOCAB), None, ["embed"])
     assert host.logits(ids, mask).isfinite().all(), "a failed pass leaves no hooks behind"
     assert _hook_count(host) == hooks

@@ -1,6 +1,5 @@
 """SAEs of every architecture with parameters away from their start, for the tests of formats."""
 
-
 import torch
 from helpers import sparse_rows
 

@@ -79,7 +79,15 @@ def test_what_has_no_place_beside_the_weights_is_refused(beside, names, tmp_path
     "beside",
     [
         {"epoch": 3, "optimizer_state_dict": {"mean": torch.zeros(3)}, "loss_mean": 0.3, "best_val_mean": 1.5},
-        {"config": {"k": 5, "normalize_decoder": True, "max_grad_norm": 1.0, "normalize_activations": "none", "lr": 1e-3}},
+        {
+            "config": {
+                "k": 5,
+                "normalize_decoder": True,
+                "max_grad_norm": 1.0,
+                "normalize_activations": "none",
+                "lr": 1e-3,
+            }
+        },
         {"config": {"k": 5, "layer_norm": False, "scale": 1.0, "whiten": None}},
     ],
 )
@@ -186,7 +194,7 @@ def of(architecture, tmp_path, **more):
 @pytest.mark.parametrize(
     "architecture,said",
     [
-        ("relu", 'dictionary_learning\'s AutoEncoder, whose encoder reads x - bias; save its state dict as ae.pt'),
+        ("relu", "dictionary_learning's AutoEncoder, whose encoder reads x - bias; save its state dict as ae.pt"),
         ("topk", '"dict_class": "AutoEncoderTopK"'),
         ("batchtopk", "AutoEncoderTopK or BatchTopKSAE, whose encoder reads x - b_dec"),
         ("gated", "GatedAutoEncoder, whose encoder reads x - decoder_bias"),
@@ -214,7 +222,9 @@ def test_other_names_in_one_file_say_where_they_belong(tmp_path):
     line = refusal(saved(tmp_path, dict(p)), activation="relu")
     assert "sae_weights.safetensors" in line and "apply_b_dec_to_input" in line
     theirs = {"encoder.weight": p["W_enc"].T, "encoder.bias": p["b_enc"], "W_dec": p["W_dec"], "b_dec": p["b_dec"]}
-    assert "save them as sae.safetensors beside a cfg.json with k" in refusal(saved(tmp_path, theirs), activation="topk:4")
+    assert "save them as sae.safetensors beside a cfg.json with k" in refusal(
+        saved(tmp_path, theirs), activation="topk:4"
+    )
 
 
 def test_a_batchtopk_threshold_below_zero_is_remarked(tmp_path, capsys):

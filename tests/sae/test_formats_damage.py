@@ -236,4 +236,3 @@ def test_a_pt_file_that_is_cut_short(share, tmp_path):
     whole = (tmp_path / "a.pt").read_bytes()
     (tmp_path / "sae.pt").write_bytes(whole[: int(share * len(whole))])
     assert "or is damaged" in refused(tmp_path / "sae.pt", activation="relu")
-

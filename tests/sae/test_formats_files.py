@@ -258,7 +258,9 @@ def test_the_command_converts_and_says_so_in_one_line(tmp_path, capsys):
             "topk:3",
         ]
     )
-    assert capsys.readouterr().out == f"wrote {tmp_path}/d as sparsify: topk, d_in 8, d_sae 32, k 3; assumed: {ASSUMED}\n"
+    assert (
+        capsys.readouterr().out == f"wrote {tmp_path}/d as sparsify: topk, d_in 8, d_sae 32, k 3; assumed: {ASSUMED}\n"
+    )
 
 
 @pytest.mark.parametrize(
