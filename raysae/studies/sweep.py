@@ -24,12 +24,7 @@ from raysae.evaluate.fidelity import Paired
 from raysae.evaluate.nulls import ELSEWHERE
 from raysae.evaluate.probes import check_labels
 from raysae.evaluate.stability import columns as stability_columns
-from raysae.files import (
-    folder_name,
-    read_table,
-    write_atomic,
-    write_json,
-)  # fmt: skip
+from raysae.files import folder_name, read_table, write_atomic, write_json
 from raysae.gates.criteria import check_can_choose, passes, rivals
 from raysae.gates.decision import decide
 from raysae.gates.metrics import split_of
