@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from raysae.bench import LocalBench
 
 from raysae.artifacts import fingerprint
+from raysae.bench import LocalBench
 from raysae.config.jobs import SweepJob
 from raysae.files import read_json_if, read_sealed
 from raysae.seal import SEAL, seal

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from raysae.bench import LocalBench
 
+from raysae.bench import LocalBench
 from raysae.errors import Fault
 from raysae.stages.work import over_blocks, refuse_partial
 
