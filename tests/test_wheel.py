@@ -79,7 +79,9 @@ def test_the_wheel_holds_every_module_and_shipped_file(wheel):
 
 def test_an_editable_installation_has_the_shipped_files(source, tmp_path):
     programs = environment(tmp_path / "venv", "--editable", source)
-    code = "import raysae.evaluate.statistics, raysae.config as c; print(c.locate('gate', c.Path('gates/default')))"
+    code = (
+        "import raysae.evaluate.statistics, raysae.config.load as c; print(c.locate('gate', c.Path('gates/default')))"
+    )
     done = run(programs / "python", "-c", code, cwd=tmp_path)
     assert done.stdout.strip() == str(source / "configs/gates/default.yaml"), done.stderr
 
