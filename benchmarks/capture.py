@@ -181,7 +181,7 @@ def through_ray(case: Case, root: Path, repeats: int) -> tuple[dict[str, list[fl
     work = Alternating(root, case.settings)
     placement = replace(place_hosts(common.cores(), 0, 1, len(blocks)), threads=torch.get_num_threads())
     model = {"name": case.model, "revision": None, "dtype": "float32", "trust_remote_code": False}
-    map_blocks(f"{case.name} through Ray", blocks, tokens, root, model, work, placement, max_restarts=0)
+    map_blocks(f"{case.name} through Ray", blocks, tokens, model, work, placement, max_restarts=0)
     events = [json.loads(line) for line in (root / "events.jsonl").read_text().splitlines()]
     before, events = events[2 * WARM_UP - 1], events[2 * WARM_UP :]
     found: dict[str, list[float]] = {"bare": [], "capture": [], "between": []}

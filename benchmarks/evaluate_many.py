@@ -134,7 +134,7 @@ def in_a_run(table: common.Table, saes_in: Path, root: Path, site: str, split: s
 
     def evaluate(members: tuple[tuple[str, Path], ...]) -> None:
         task = Measurement(root / "store", site, members, saes_in / "run", 16_384, scored)
-        bench.over_blocks("evaluate", blocks, root / "tokens", task.root, model, task)
+        bench.over_blocks("evaluate", blocks, root / "tokens", model, task)
 
     seconds = common.alternate({"one": lambda: evaluate(saes[:1]), "eight": lambda: evaluate(saes)}, repeats)
     name = f"in a run, {rows} rows, {scored:.0%} scored"

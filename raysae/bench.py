@@ -26,8 +26,16 @@ from raysae.sweep.trial import ProposedPack, Rung, Trial, advance, train_propose
 if TYPE_CHECKING:
     from raysae.sweep.search import PackSearch
 
-BlockWork = Callable[[ModelHost, TokenBlock], Mapping[str, Any]]
-"""What is done with a block; its result holds at least `rows`."""
+
+class BlockWork(Protocol):
+    """What is done with a block. Picklable: it travels to the hosts."""
+
+    @property
+    def root(self) -> Path:
+        """Of what it writes."""
+
+    def __call__(self, host: ModelHost, block: TokenBlock) -> Mapping[str, Any]:
+        """Do it; returns at least the block's `rows`."""
 
 
 class Bench(Protocol):
@@ -44,18 +52,12 @@ class Bench(Protocol):
         """Of trials of a sweep."""
 
     def over_blocks(
-        self,
-        what: str,
-        blocks: Sequence[dict[str, Any]],
-        tokens: Path,
-        root: Path,
-        model: Mapping[str, Any],
-        work: BlockWork,
+        self, what: str, blocks: Sequence[dict[str, Any]], tokens: Path, model: Mapping[str, Any], work: BlockWork
     ) -> float:
         """Do `work` on each of `blocks` (entries of the token manifest, files below `tokens`), by hosts of a model.
 
-        what: how it is called to the user. root: of what it writes. model: arguments of `ModelHost.load`. Returns wall
-        seconds when all are done and the devices are free again. Raises UserError or CaptureError as the work did.
+        what: how it is called to the user. model: arguments of `ModelHost.load`. Returns wall seconds when all are done and
+        the devices are free again. Raises UserError or CaptureError as the work did.
         """
 
     def train(self, what: str, trial: Trial, packs: Mapping[str, Sequence[Member]]) -> float:
@@ -96,13 +98,7 @@ class LocalBench:
         return Placement(1, threads, float(torch.cuda.is_available()), threads)
 
     def over_blocks(
-        self,
-        what: str,
-        blocks: Sequence[dict[str, Any]],
-        tokens: Path,
-        root: Path,
-        model: Mapping[str, Any],
-        work: BlockWork,
+        self, what: str, blocks: Sequence[dict[str, Any]], tokens: Path, model: Mapping[str, Any], work: BlockWork
     ) -> float:
         start = perf_counter()
         if blocks:

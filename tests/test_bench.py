@@ -122,7 +122,7 @@ def captured(ray_bench, arithmetic_model, tmp_path_factory) -> dict[str, Store]:
     for name, bench in {"local": LocalBench(), "ray": ray_bench}.items():
         store = root / name
         store.mkdir()
-        assert bench.over_blocks("capture", blocks, root / "tokens", store, model, Capture(store, settings)) > 0
+        assert bench.over_blocks("capture", blocks, root / "tokens", model, Capture(store, settings)) > 0
         write_json(store / "manifest.json", finish(store, blocks, settings, made, 0.0))
         stores[name] = Store(store)
     torch.set_num_threads(1)
@@ -341,5 +341,5 @@ def test_a_mistake_in_a_block_is_raised_as_it_is(arithmetic_model, tmp_path):
     blocks = tokenize(problems, load_tokenizer(str(arithmetic_model)), 96, "problems", 1500, 0, tmp_path)["blocks"]
     model = {"name": str(arithmetic_model), "revision": None, "dtype": "float32", "trust_remote_code": False}
     with pytest.raises(UserError, match=f"^no {blocks[0]['name']}$"):
-        LocalBench().over_blocks("read", blocks, tmp_path, tmp_path, model, refuse)
-    assert LocalBench().over_blocks("read", [], tmp_path, tmp_path, {"name": "no model is loaded"}, refuse) < 1
+        LocalBench().over_blocks("read", blocks, tmp_path, model, refuse)
+    assert LocalBench().over_blocks("read", [], tmp_path, {"name": "no model is loaded"}, refuse) < 1

@@ -18,9 +18,9 @@ def test_what_is_not_there_is_named():
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_pool_that_ends_early_finishes_no_stage(tmp_path, done):
     class Early(LocalBench):
-        def over_blocks(self, what, blocks, tokens, root, model, work):
+        def over_blocks(self, what, blocks, tokens, model, work):
             for block in blocks[:done]:
-                (root / block["name"]).touch()
+                (work.root / block["name"]).touch()
             return 1.0
 
     blocks = [{"name": "train-0"}, {"name": "train-1"}]

@@ -50,17 +50,11 @@ class RayBench:
         return place_trials(self.cluster.cpus, self.cluster.gpus, c.cpus_per_trial, c.gpus_per_trial)
 
     def over_blocks(
-        self,
-        what: str,
-        blocks: Sequence[dict[str, Any]],
-        tokens: Path,
-        root: Path,
-        model: Mapping[str, Any],
-        work: BlockWork,
+        self, what: str, blocks: Sequence[dict[str, Any]], tokens: Path, model: Mapping[str, Any], work: BlockWork
     ) -> float:
         placement = self.hosts(len(blocks))
         start = time.perf_counter()
-        map_blocks(what, blocks, tokens, root, model, work, placement, self.config.max_restarts)
+        map_blocks(what, blocks, tokens, model, work, placement, self.config.max_restarts)
         return time.perf_counter() - start
 
     def train(self, what: str, trial: Trial, packs: Mapping[str, Sequence[Member]]) -> float:

@@ -30,11 +30,9 @@ OURS = re.compile(r"raysae\.errors\.(UserError|CaptureError): (.*)")
 class HostActor:
     """A model host in a process of its own, which does `work(host, block)` on one block after another."""
 
-    def __init__(
-        self, model: Mapping[str, Any], work: BlockWork, root: str, limit: int, workers: int, threads: int
-    ) -> None:
+    def __init__(self, model: Mapping[str, Any], work: BlockWork, limit: int, workers: int, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.work, self.root, self.limit = work, Path(root), limit
+        self.work, self.root, self.limit = work, work.root, limit
         capture.attempt(self.root, "start of a host", limit + workers - 1)
         self.host = ModelHost.load(**model, device=device())
         (self.root / "attempts" / "start of a host").unlink(missing_ok=True)
@@ -51,7 +49,6 @@ def map_blocks(
     what: str,
     blocks: Sequence[dict[str, Any]],
     tokens: Path,
-    root: Path,
     model: Mapping[str, Any],
     work: BlockWork,
     placement: Placement,
@@ -63,7 +60,7 @@ def map_blocks(
     """
     if not blocks:
         return
-    for stale in (root / "attempts").glob("*"):
+    for stale in (work.root / "attempts").glob("*"):
         stale.unlink()
     context = DataContext.get_current()
     context.enable_progress_bars = False
@@ -74,7 +71,7 @@ def map_blocks(
     read = ray.data.read_binary_files(files, override_num_blocks=len(files), num_cpus=0.1, concurrency=1)
     pool = read.map_batches(
         HostActor,
-        fn_constructor_args=(model, work, str(root), max_restarts, placement.workers, placement.threads),
+        fn_constructor_args=(model, work, max_restarts, placement.workers, placement.threads),
         batch_size=1,
         compute=ActorPoolStrategy(size=placement.workers),
         num_cpus=placement.cpus,

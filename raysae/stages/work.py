@@ -44,7 +44,7 @@ def over_blocks(
         todo = [block for block in blocks if not done(work.root, block["name"])]
         if len(todo) < len(blocks):
             say(f"{what}: {len(blocks) - len(todo)} of {len(blocks)} shards are there already")
-        seconds = bench.over_blocks(what, todo, tokens, work.root, model, work)
+        seconds = bench.over_blocks(what, todo, tokens, model, work)
         names = names_of(blocks)
         refuse_partial(what, names, [name for name in names if done(work.root, name)])
         add_cost(cost, bench.hosts(len(todo)).held(seconds))

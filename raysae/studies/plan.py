@@ -204,7 +204,7 @@ def _calibrate(
             threads,
         )  # fmt: skip
         (folder / "store").mkdir()
-        wall = bench.over_blocks("plan", [blocks["train"]], tokens.path, folder / "store", model.loading(made), work)
+        wall = bench.over_blocks("plan", [blocks["train"]], tokens.path, model.loading(made), work)
         host = read_json(folder / "store" / "host.json")
 
         saes = len(study.sweep.points(widths)[0]) * len(c.sweep.seeds)
