@@ -18,7 +18,7 @@ from raysae.errors import Fault, UserError
 from raysae.evaluate import nulls as null_saes
 from raysae.files import write_atomic
 from raysae.models.foreign import saelens_hooks
-from raysae.placement import Placement, pack_size
+from raysae.placement import pack_size
 from raysae.progress import say
 from raysae.sae.conventions import L1_UNITS
 from raysae.sae.losses import Losses
@@ -163,16 +163,16 @@ class Sweep:
             Store(store), self.recipe, rungs or t.rungs, self.seed, root, metadata, start, label, t.losses.temporal > 0
         )
 
-    def pack_size(self, placement: Placement, widths: Mapping[str, int], device_bytes: float | None) -> int:
-        """SAEs in a trial: see `placement.pack_size`."""
-        size = self.config.pack_size
+    def pack_size(self, bench: Bench, widths: Mapping[str, int]) -> int:
+        """SAEs in a trial on a bench: see `placement.pack_size`."""
+        size, placement = self.config.pack_size, bench.trials()
         if size != "auto" or not placement.gpus:
             return 1 if size == "auto" else size
         points = self.points(widths)[0]
         at = Counter(point.site for point in points)
         d_in, d_sae = max((widths[p.site], width(p.expansion_factor, widths[p.site])) for p in points)
         each = [n * len(self.config.seeds) for n in at.values()]
-        return pack_size(each, placement, d_in, d_sae, self.training.batch_size, device_bytes)
+        return pack_size(each, placement, d_in, d_sae, self.training.batch_size, bench.device_bytes)
 
 
 def saes(sweep: Sweep, captured: Captured, data: DataConfig | None = None) -> Stage:
@@ -183,7 +183,7 @@ def saes(sweep: Sweep, captured: Captured, data: DataConfig | None = None) -> St
         widths = {site: opened.d_model(site) for site in opened.sites}
         plan, cut = sweep.points(widths)
         common, placement = sweep.common(opened), bench.trials()
-        together = sweep.pack_size(placement, widths, bench.device_bytes if placement.gpus else None)
+        together = sweep.pack_size(bench, widths)
         for line in [*cut, *far_from_zero(common.offsets)]:
             say(line)
         there = ended(path, sweep.tokens)

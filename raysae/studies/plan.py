@@ -85,7 +85,7 @@ def _plan(study: SweepStudy, bench: Bench) -> Plan:
         work, points = count(study, tokens)
         rates = _calibrate(study, bench, tokens, points, have.get("model"))
         trials = bench.trials()
-        work = replace(work, pack_size=_pack_size(study, bench))
+        work = replace(work, pack_size=study.sweep.pack_size(bench, study.widths))
         left = []
         if "store" not in have:
             left.append(capture_entry(work, rates, bench.hosts(len(tokens.manifest["blocks"]))))
@@ -104,11 +104,6 @@ def _plan(study: SweepStudy, bench: Bench) -> Plan:
         entries += left
     budget = spending([entry.ledger() for entry in entries], job.budget.model_dump())
     return Plan(tuple(entries), budget, rates, left_out(job))
-
-
-def _pack_size(study: SweepStudy, bench: Bench) -> int:
-    placement = bench.trials()
-    return study.sweep.pack_size(placement, study.widths, bench.device_bytes if placement.gpus else None)
 
 
 def left_out(config: SweepJob) -> tuple[str, ...]:
@@ -208,7 +203,7 @@ def _calibrate(
         host = read_json(folder / "store" / "host.json")
 
         saes = len(study.sweep.points(widths)[0]) * len(c.sweep.seeds)
-        many = max(1, min(trials.workers, -(-saes // _pack_size(study, bench))))
+        many = max(1, min(trials.workers, -(-saes // study.sweep.pack_size(bench, study.widths))))
         say(f"plan: timing {len(points)} kinds of SAEs, {many} at once")
         common = study.sweep.common(Store(folder / "store"))
         chosen = [(p.site, _member(p, study, common)) for p in points]
