@@ -22,7 +22,7 @@ from raysae.plan.budget import ITEMS, spending
 from raysae.report import Part, page, write_report
 from raysae.run import Run
 from raysae.seal import IDENTITY, identity_of
-from raysae.workspace import Workspace
+from raysae.workspace import Stage, Workspace
 
 if TYPE_CHECKING:
     from raysae.bench import Bench
@@ -121,9 +121,10 @@ class Study:
         """Whether fields that the raysae of then did not have are at their defaults."""
         return not [*differences(later(then, now), {**type(self.job)().identity(), MADE_FROM: self.made_from})]
 
-    def look(self, records: str, by: str, ids: Sequence[str]) -> dict[str, Any]:
-        """Count a look at the test rows of a records' stage."""
-        return look(self.root, records, by, self.directory.name, {"run": self.identity(), "saes": list(ids)})
+    def look(self, records: Stage, by: str, ids: Sequence[str]) -> dict[str, Any]:
+        """Count a look at the test rows of these records."""
+        split, what = self.workspace.make(records).path.name, {"run": self.identity(), "saes": list(ids)}
+        return look(self.root, split, by, self.directory.name, what)
 
     def ledger(self) -> dict[str, Any]:
         """What each stage cost, when it was made: wall seconds, CPU- and GPU-seconds held, tokens, bytes on disk."""

@@ -146,7 +146,7 @@ class SweepStudy(Study):
         rows = {str(row["sae_id"]): row for row in table.to_dict("records")}
         tests, looks, on_test = dict[str, dict[str, Any]](), None, None
         if choice.chosen:
-            looks = self.look(self.workspace.make(self.records).path.name, "choice", choice.chosen)
+            looks = self.look(self.records, "choice", choice.chosen)
             held = {name for i in choice.chosen for name in rivals(self.gate, rows[i], controls)}
             again = self._on_test(choice.chosen, held)
             tested = metrics_of(self.workspace.make(again[0].evaluation))
@@ -182,7 +182,7 @@ class SweepStudy(Study):
                 stages.append(("", evidence.invariance(how, reworded, lead)))
             if job.probes.labels:
                 if job.probes.split == "test":
-                    self.look(self.workspace.make(self.records).path.name, "probes", [lead])
+                    self.look(self.records, "probes", [lead])
                 other = self.controls[1] if len(self.controls) > 1 else None
                 about = (self.captured, self.saes, self.records, lead, site)
                 stages.append(("probes", evidence.probes(job.probes, job.seed, *about, other)))
