@@ -45,8 +45,10 @@ def known(name: str) -> str:
 
 
 def split_of(name: str, split: str) -> str:
-    """Where the value of a metric is from that stands among those of a split."""
-    return (METRICS[name].split if name in METRICS else None) or split
+    """Where a value is from that stands among those of a split: a metric, an end of its interval, or what it rests on."""
+    metric = METRICS.get(name.removesuffix("_low").removesuffix("_high"))
+    splits = {metric.split} if metric else {m.split for m in METRICS.values() if name in (m.count, m.groups)}
+    return (splits.pop() if len(splits) == 1 else None) or split
 
 
 _SPLICED: dict[str, Any] = {"count": "n_scored_tokens", "groups": "n_scored_groups"}

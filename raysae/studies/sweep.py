@@ -151,14 +151,11 @@ class SweepStudy(Study):
             again = self._on_test(choice.chosen, held)
             tested = metrics_of(self.workspace.make(again[0].evaluation))
             for i in choice.chosen:
-                carried = {
-                    n: v for n, v in rows[i].items()
-                    if n in ("sae_id", "site") or n.startswith("stability_") or split_of(n, "test") != "test"
-                }  # fmt: skip
+                carried = {n: v for n, v in rows[i].items() if n in ("sae_id", "site") or split_of(n, "test") != "test"}
                 tests[i] = {**carried, **tested[i]}
             null_metrics = self._metrics_of_nulls(again, held)
             for name, c in null_metrics.items():
-                c |= {n: v for n, v in controls[name].items() if n.startswith("stability_")}
+                c |= {n: v for n, v in controls[name].items() if split_of(n, "test") == "validation"}
             on_test = null_metrics, self._paired(again)
         validation = {i: rows[i] for i in choice.chosen}
         return decide(

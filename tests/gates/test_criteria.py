@@ -505,6 +505,10 @@ def test_a_name_stands_for_one_metric_and_what_is_better_is_its_own():
     assert (split_of("toy_size", "test"), split_of("toy_recovery", "test"), split_of("?", "test")) == (
         "config", "test", "test"
     )  # fmt: skip
+    of_seeds = ("stability_mmcs", "stability_mmcs_low", "stability_recurring_variance_high", "stability_latents")
+    assert {split_of(name, "test") for name in of_seeds} == {"validation"}, "with its interval and what it rests on"
+    assert {split_of(name, "test") for name in ("fvu_low", "n_rows", "n_groups")} == {"test"}
+    assert {split_of(name, "test") for name in ("dead_fraction", "dead_window_tokens")} == {"training"}
     for wrong in ({"op": "<="}, {"fallback": {"metric": "fvu", "op": ">=", "threshold": 0.1}}):
         with pytest.raises(ValueError, match="with must_beat it must say what is better"):
             judged(STUDY | wrong, {})
